@@ -1,0 +1,262 @@
+"""What a run is told to do: defaults < YAML file < environment (endpoints, keys) < command line.
+
+Every field's docstring is its help text on the command line. API keys are read from the environment when a call is
+made and are never part of a configuration, so they cannot be saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, final
+
+import yaml
+
+from exegete.errors import ConfigError, NotFoundError, unknown
+from exegete.files import hash_json
+
+Strategy = Literal["top", "random", "quantiles", "mix"]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusConfig:
+    """Which text, and how it becomes token rows."""
+
+    text: tuple[str, ...] = ()
+    """Text files, .jsonl files or folders (globs allowed); each .txt or source file, or jsonl line, is a document. The
+    word "stdlib" stands for the running interpreter's standard library."""
+    column: str = "text"
+    """Field of a .jsonl line that holds the text."""
+    row_length: int = 256
+    """Tokens in a row, BOS included."""
+    max_tokens: int | None = None
+    """Stop after this many tokens of text."""
+    bos: bool = True
+    """Put the tokenizer's BOS token, if it has one, before every row."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectConfig:
+    """How firings are computed and stored."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto."""
+    dtype: str = "auto"
+    """Data type of the subject: float32, bfloat16, float16, or auto (float32 on a CPU)."""
+    batch_tokens: int = 8192
+    """Tokens in a forward pass; part of the batch plan, so it belongs to the store's identity."""
+    shard_rows: int | None = None
+    """Rows in a shard; by default as many as make about 2^22 firings of a TopK coder."""
+    threads: int | None = None
+    """CPU threads, all by default; workers of one run pin the same number."""
+    remote_code: bool = False
+    """Run Python code that a model's repository brings."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleConfig:
+    """Which windows are shown to explainers and judged by scorers."""
+
+    window: int = 32
+    """Tokens in a window."""
+    strategy: Strategy = "quantiles"
+    """How firing windows are drawn: top, random, quantiles (equal parts of ten deciles), or mix (half top, half
+    quantiles)."""
+    centred: bool = False
+    """Centre train windows on a firing instead of taking them from the frame; test windows always come from the
+    frame."""
+    n_train: int = 40
+    """Firing train windows shown to an explainer."""
+    n_test: int = 100
+    """Firing test windows judged."""
+    n_negatives: int = 100
+    """Silent test windows judged."""
+    min_train: int = 10
+    """A latent with fewer firing train windows is skipped."""
+    min_test: int = 10
+    """A latent with fewer firing test windows is skipped."""
+    test_share: float = 0.4
+    """Share of documents in the test split, unless the corpus fixes the split itself."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentConfig:
+    """Which latents are interpreted."""
+
+    count: int | None = 300
+    """How many latents of each coder: a seeded uniform draw from all alive ones, fixed before explaining."""
+    indices: tuple[int, ...] = ()
+    """Exactly these latents instead."""
+    min_rate: float = 1e-4
+    """A latent is alive when it fires at least this often per token (10 in 100k)."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LLMConfig:
+    """Which language model explains and judges, and how hard it may be asked."""
+
+    llm: str = "none"
+    """URL#MODEL of an OpenAI-compatible server, openai/MODEL, openrouter/ORG/MODEL, or none (rules only)."""
+    concurrency: int = 16
+    """Requests under way at once."""
+    timeout: float = 120.0
+    """Seconds before a request counts as failed."""
+    temperature: float = 0.0
+    """Sampling temperature of explainer and judge."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One run: subject, coders, and the settings of each stage."""
+
+    subject: str = ""
+    """Hugging Face model: a hub id or a local folder."""
+    coder: tuple[str, ...] = ()
+    """Sparse coders: hub ids or local folders, each with an optional :SUB folder, or NAME=SPEC to name it."""
+    hookpoints: tuple[str, ...] = ()
+    """Hookpoints to read a coder repository at (globs allowed); by default all that the repository holds."""
+    explainer: str = "rule"
+    """rule (no LLM), or default (an LLM reads train windows)."""
+    scorers: tuple[str, ...] = ("detection", "fuzzing")
+    """Scorers to run on every explanation."""
+    nulls: tuple[str, ...] = ()
+    """Controls that collect anew: random_coder, random_subject."""
+    donors: int = 5
+    """How many other latents' explanations make up the null of each score."""
+    seed: int = 0
+    """Seed of every random choice; the stream of a latent and stage depends on nothing else."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    examples: ExampleConfig = field(default_factory=ExampleConfig)
+    latents: LatentConfig = field(default_factory=LatentConfig)
+    llm: LLMConfig = field(default_factory=LLMConfig)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested plain data that ``from_dict`` turns back into an equal configuration."""
+        return typing.cast(dict[str, Any], _plain(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RunConfig:
+        """Build a configuration from nested data. Raises ConfigError on unknown fields or wrong types."""
+        return typing.cast(RunConfig, _build(cls, data, ""))
+
+    @classmethod
+    def from_yaml(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+        """Read a YAML file, then lay ``overrides`` (nested, as in ``to_dict``) over it."""
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise NotFoundError(f"there is no configuration file {path}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            detail = " ".join(str(error).split())
+            raise ConfigError(f"{path} is not valid YAML: {detail}") from error
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{path} holds {type(data).__name__}, not settings; write lines of the form name: value")
+        return cls.from_dict(merge(data, overrides or {}))
+
+    def to_yaml(self) -> str:
+        """Return the YAML text of ``config.yaml`` in a run folder."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @property
+    def hash(self) -> str:
+        """Identity of the settings."""
+        return hash_json(self.to_dict())
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings with those of ``over`` laid over ``base``."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _build(kind: type[Any], data: Mapping[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{where}{key}"
+        if key not in known:
+            raise ConfigError(str(unknown("setting", name, [f"{where}{k}" for k in known])))
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"setting {name!r} is a group of settings, got {value!r}")
+            values[key] = _build(typing.cast(type[Any], hint), value, f"{name}.")
+        else:
+            values[key] = _convert(hint, value, name)
+    return kind(**values)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """Return a value as its declared type, or raise ConfigError saying what is allowed."""
+    origin = typing.get_origin(hint)
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        origin = typing.get_origin(hint)
+    if origin is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            raise ConfigError(f"setting {name!r} is one of {', '.join(map(repr, allowed))}, got {value!r}")
+        return value
+    if origin is tuple:
+        inner = typing.get_args(hint)[0]
+        items = [value] if isinstance(value, str | int) else value
+        if not isinstance(items, list | tuple):
+            raise ConfigError(f"setting {name!r} is a list, got {value!r}")
+        return tuple(_convert(inner, item, name) for item in items)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"setting {name!r} is of type {hint.__name__}, got {value!r}")
+    return value
+
+
+def _check(config: RunConfig) -> None:
+    positive = {
+        "corpus.row_length": config.corpus.row_length - 1,
+        "collect.batch_tokens": config.collect.batch_tokens,
+        "examples.window": config.examples.window,
+        "examples.n_train": config.examples.n_train,
+        "examples.n_test": config.examples.n_test,
+        "examples.n_negatives": config.examples.n_negatives,
+        "llm.concurrency": config.llm.concurrency,
+        "donors": config.donors,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise ConfigError(f"setting {name!r} is too small; it must be at least {2 if 'row' in name else 1}")
+    if config.examples.window >= config.corpus.row_length:
+        raise ConfigError(
+            f"examples.window ({config.examples.window}) must be smaller than corpus.row_length "
+            f"({config.corpus.row_length})"
+        )
+    if not 0 < config.examples.test_share < 1:
+        raise ConfigError(f"examples.test_share lies between 0 and 1, got {config.examples.test_share}")
+    for null in config.nulls:
+        if null not in ("random_coder", "random_subject"):
+            raise ConfigError(f"setting 'nulls' knows random_coder and random_subject, got {null!r}")

@@ -1,0 +1,74 @@
+"""The one interface to language models: a request in, a reply out, and how many may be under way at once."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import TypeVar
+
+from exegete.types import LLMReply, LLMRequest
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class LLMClient(ABC):
+    """A language model behind some interface. Failures of a call are replies with ``finish="error"``, never raised.
+
+    Raises LLMError only for what no further call can mend (a refused key, an unknown model, an unreachable server).
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The model as named on the command line, without keys."""
+
+    @abstractmethod
+    async def reply(self, request: LLMRequest) -> LLMReply:
+        """Send one request."""
+
+    @abstractmethod
+    async def check(self) -> None:
+        """Ask the server whether it is there and knows the model. Raises LLMError or InputError when not."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Give back connections."""
+
+
+async def gather_limited(
+    items: Sequence[T], work: Callable[[T], Awaitable[R]], limit: int
+) -> AsyncIterator[tuple[T, R]]:
+    """Run ``work`` on every item with at most ``limit`` under way; yield ``(item, result)`` as each ends.
+
+    An exception of one cancels the others and is raised.
+    """
+    gate = asyncio.Semaphore(limit)
+
+    async def one(item: T) -> tuple[T, R]:
+        async with gate:
+            return item, await work(item)
+
+    tasks = [asyncio.ensure_future(one(item)) for item in items]
+    try:
+        for task in asyncio.as_completed(tasks):
+            yield await task
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def run_limited(items: Sequence[T], work: Callable[[T], Awaitable[R]], limit: int) -> Iterator[tuple[T, R]]:
+    """Do what ``gather_limited`` does from synchronous code, yielding results as they come."""
+    with asyncio.Runner() as runner:
+        stream = gather_limited(items, work, limit)
+        try:
+            while True:
+                try:
+                    yield runner.run(anext(stream))  # type: ignore[arg-type]
+                except StopAsyncIteration:
+                    return
+        finally:
+            runner.run(stream.aclose())  # type: ignore[attr-defined]
