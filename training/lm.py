@@ -1,6 +1,6 @@
 """Train the demo's causal language model (Llama architecture) on train-side standard-library text.
 
-    python training/lm.py --tokenizer TOK --out OUT --steps 4000
+    python training/lm.py --tokenizer TOK --out OUT
 
 Checkpoints go to ``OUT/checkpoint.pt`` every ``--save-every`` steps; the same command resumes. The learning rate is
 constant after a warm-up and falls linearly to zero over the last ``--cooldown`` share of ``--steps``; a run may be
@@ -97,10 +97,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--batch", type=int, default=8192, help="tokens a step")
     parser.add_argument("--rate", type=float, default=4e-3)
-    parser.add_argument("--cooldown", type=float, default=0.35)
+    parser.add_argument("--cooldown", type=float, default=0.4)
     parser.add_argument("--save-every", type=int, default=100)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

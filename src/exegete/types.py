@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exegete.errors import InputError
+from exegete.tokens import TokenTable
 
 Array = npt.NDArray[Any]
 Split = Literal["train", "validation", "test"]
@@ -176,7 +177,8 @@ class ExampleSet:
     """The examples of one latent. Raises InputError when splits share a document or windows repeat or overlap.
 
     ``maximum`` is the latent's largest activation over the train split (strengths 0–10 are relative to it);
-    ``firing_rate`` the share of test-frame windows that fire; ``frame`` the number of test-frame windows.
+    ``firing_rate`` the share of test-frame windows that fire; ``frame`` the number of test-frame windows. ``table``,
+    where given, says what the tokens stand for, so that the set can be explained on its own.
     """
 
     latent: LatentId
@@ -185,6 +187,7 @@ class ExampleSet:
     firing_rate: float
     frame: int
     seed: int
+    table: TokenTable | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         owner: dict[int, Split] = {}

@@ -1,0 +1,46 @@
+"""The embedded default: a small Python-code language model and two coders made by this project, and where their text is.
+
+Everything here ships in the package, so that ``exegete demo`` runs with no network, GPU or key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from exegete.config import RunConfig, merge
+from exegete.demo.stdlib import source_files, stdlib_root
+
+HOOKPOINTS = ("layers.2", "layers.2.mlp")
+
+
+def assets() -> Path:
+    """Return the folder of the demo's weights: ``model`` (Hugging Face layout) and ``coders`` (sparsify layout)."""
+    return Path(str(resources.files(__package__))) / "assets"
+
+
+def demo_config(changes: Mapping[str, Any] | None = None) -> RunConfig:
+    """Return the configuration of ``exegete demo``, with nested ``changes`` laid over it."""
+    base = {
+        "subject": str(assets() / "model"),
+        "coder": [str(assets() / "coders")],
+        "hookpoints": list(HOOKPOINTS),
+        "explainer": "rule",
+        "scorers": ["detection", "fuzzing", "execution"],
+        "nulls": ["random_coder", "random_subject"],
+        "corpus": {"text": ["stdlib"], "max_tokens": 1_200_000},
+        "latents": {"count": 288},
+        "examples": {"min_test": 20},
+    }
+    return RunConfig.from_dict(merge(base, changes or {}))
+
+
+def describe_corpus() -> str:
+    """Say which text the demo runs on."""
+    sides: dict[str, list[int]] = {}
+    for file in source_files():
+        sides.setdefault(file.side, []).append(len(file.text.encode()))
+    parts = [f"{len(v)} {side.replace('_', '-')} files ({sum(v) / 1e6:.1f} MB)" for side, v in sorted(sides.items())]
+    return f"corpus: the standard library at {stdlib_root()}: {', '.join(parts)}"

@@ -1,1 +1,26 @@
+"""Which text to show: documents are split, windows drawn around what fires and what is silent, and rendered."""
 
+from exegete.examples.build import StoreData, select, select_many
+from exegete.examples.render import (
+    marks,
+    parse_marked,
+    render_for_explainer,
+    render_marked,
+    render_plain,
+    transplant_marks,
+)
+from exegete.examples.split import split_documents, split_rows
+
+__all__ = [
+    "StoreData",
+    "marks",
+    "parse_marked",
+    "render_for_explainer",
+    "render_marked",
+    "render_plain",
+    "select",
+    "select_many",
+    "split_documents",
+    "split_rows",
+    "transplant_marks",
+]

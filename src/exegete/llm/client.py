@@ -24,6 +24,11 @@ class LLMClient(ABC):
     def name(self) -> str:
         """The model as named on the command line, without keys."""
 
+    @property
+    def temperature(self) -> float:
+        """Sampling temperature of explainer and judge, as the configuration sets it for this model."""
+        return 0.0
+
     @abstractmethod
     async def reply(self, request: LLMRequest) -> LLMReply:
         """Send one request."""
@@ -60,8 +65,16 @@ async def gather_limited(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def run_limited(items: Sequence[T], work: Callable[[T], Awaitable[R]], limit: int) -> Iterator[tuple[T, R]]:
-    """Do what ``gather_limited`` does from synchronous code, yielding results as they come."""
+def run_limited(
+    items: Sequence[T],
+    work: Callable[[T], Awaitable[R]],
+    limit: int,
+    finish: Callable[[], Awaitable[None]] | None = None,
+) -> Iterator[tuple[T, R]]:
+    """Do what ``gather_limited`` does from synchronous code, yielding results as they come.
+
+    ``finish`` is awaited at the end in the same loop, however it ends: connections belong to their loop.
+    """
     with asyncio.Runner() as runner:
         stream = gather_limited(items, work, limit)
         try:
@@ -72,3 +85,5 @@ def run_limited(items: Sequence[T], work: Callable[[T], Awaitable[R]], limit: in
                     return
         finally:
             runner.run(stream.aclose())  # type: ignore[attr-defined]
+            if finish is not None:
+                runner.run(finish())  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-
+"""One reader per on-disk format of sparse coders."""

@@ -1,6 +1,6 @@
 """Train the demo's byte-level BPE tokenizer on train-side text and save it in the Hugging Face layout.
 
-python training/tokenizer.py OUT
+python training/bpe.py OUT
 """
 
 from __future__ import annotations

@@ -1,0 +1,40 @@
+# Every target sets up what it needs by itself: a virtual environment in .venv with the constrained torch.
+PYTHON ?= python3
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+BIN := .venv/bin
+
+.PHONY: demo test lint bench train setup clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/exegete demo --out runs/demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Re-make the embedded default's models (two cores: under three hours; resumes where it was stopped).
+WORK := training/out
+train: setup
+	$(BIN)/python training/bpe.py $(WORK)/tokenizer
+	$(BIN)/python training/lm.py --tokenizer $(WORK)/tokenizer --out $(WORK)/lm
+	cp $(WORK)/tokenizer/tokenizer.json $(WORK)/tokenizer/tokenizer_config.json $(WORK)/lm/hf
+	$(BIN)/python training/coders.py --model $(WORK)/lm/hf --out $(WORK)/coders
+	$(BIN)/python training/card.py --work $(WORK) --assets src/exegete/demo/assets
+
+bench: setup
+	$(BIN)/python benchmarks/rules.py
+
+clean:
+	rm -rf .venv runs

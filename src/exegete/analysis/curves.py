@@ -1,0 +1,58 @@
+"""How often judges are right, by stratum: from the strongest firing windows to the silent ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+
+from exegete.metrics import Interval, mean_interval
+from exegete.results import Results
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """Share of right judgements by stratum, as the mean over latents (each latent counts once).
+
+    ``control`` is ``none`` or the null's name; ``truth`` says whether the strata are of windows to be named firing
+    (then the share is the sensitivity) or not (the specificity); ``points`` are (stratum, latents, mean).
+    """
+
+    control: str
+    truth: bool
+    points: tuple[tuple[str, int, Interval], ...]
+
+
+def judged_curves(
+    results: Results, coder: str, scorer: str, explainer: str, controls: Sequence[str]
+) -> tuple[Curve, ...]:
+    """Return the curves of one scorer, for firing and silent strata under each control. Failed judgements are out."""
+    curves: list[Curve] = []
+    for control in controls:
+        shares: dict[tuple[bool, str], list[float]] = {}
+        for _, columns in results.judgement_columns(coder, scorer, control=control, explainer=explainer):
+            judged = columns.prediction >= 0
+            right = (columns.prediction == 1) == columns.truth
+            for number, stratum in enumerate(columns.strata):
+                for truth in (True, False):
+                    mine = judged & (columns.stratum == number) & (columns.truth == truth)
+                    if mine.any():
+                        shares.setdefault((truth, stratum), []).append(float(right[mine].mean()))
+        for truth in (True, False):
+            names = sorted((name for t, name in shares if t == truth), key=stratum_order)
+            points = tuple(
+                (name, len(shares[truth, name]), mean_interval(np.array(shares[truth, name]))) for name in names
+            )
+            if points:
+                curves.append(Curve(control=control, truth=truth, points=points))
+    return tuple(curves)
+
+
+def stratum_order(name: str) -> tuple[str, int, str]:
+    """Return a key that sorts decile_2 before decile_10."""
+    found = re.fullmatch(r"(.*?)(\d+)", name)
+    return (found[1], int(found[2]), name) if found else (name, -1, name)

@@ -1,0 +1,175 @@
+"""The summary as plain text for a terminal, at most 120 columns wide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from exegete.analysis.shapes import BASELINES, ROLE_TEXT, CoderSummary, Contrast, RunSummary
+from exegete.analysis.visible import visible_line
+from exegete.metrics import Interval
+
+WIDTH = 120
+_NAME = 30  # columns for the name of a coder
+NONE = "–"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Return a number as the report and the table print it; a dash when there is none."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if math.isnan(value):
+        return NONE
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "−") if float(text) != 0 else text.lstrip("-")
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """Return a difference with its sign."""
+    text = number(value, digits)
+    return f"+{text}" if math.isfinite(value) and value > 0 and float(text) != 0 else text
+
+
+def small(value: float) -> str:
+    """Return a rate or share that may be tiny: 0.0213, or 2.1e−05."""
+    if not math.isfinite(value):
+        return NONE
+    return f"{value:.1e}".replace("-", "−") if 0 < abs(value) < 1e-3 else number(value, 4)
+
+
+def bracket(interval: Interval, *, sign: bool = False, digits: int = 3) -> str:
+    """Return ``0.812 [0.790, 0.834]``."""
+    if not math.isfinite(interval.value):
+        return NONE
+    form = signed if sign else number
+    return f"{form(interval.value, digits)} [{form(interval.low, digits)}, {form(interval.high, digits)}]"
+
+
+def percent(share: float) -> str:
+    """Return a share in per cent."""
+    return NONE if not math.isfinite(share) else f"{100 * share:.1f} %"
+
+
+def table_text(summary: RunSummary) -> str:
+    """Return the tables of a run: controls first, then latents, scores against the null, executed rules."""
+    if not summary.coders:
+        return "no results yet"
+    parts = [
+        *_controls(summary.contrasts),
+        *_latents(summary.coders),
+        *_scores(summary.coders),
+        *_executed(summary.coders),
+    ]
+    return "\n".join(parts).rstrip()
+
+
+def _controls(contrasts: Sequence[Contrast]) -> list[str]:
+    if not contrasts:
+        return ["No random-coder or random-subject control in this run: the only null below is other latents'", ""]
+    rows = [
+        (
+            f"{_short(c.coder)} {c.explainer}".strip(),
+            c.quantity,
+            ROLE_TEXT[c.role],
+            bracket(c.trained, digits=2),
+            bracket(c.null, digits=2),
+            bracket(c.difference, sign=True, digits=2),
+        )
+        for c in contrasts
+    ]
+    heads = ("coder", "quantity (median over latents)", "against", "trained", "null", "trained − null")
+    return _table("Trained against nulls that collect anew (95 % intervals)", heads, rows, left=3)
+
+
+def _latents(coders: Sequence[CoderSummary]) -> list[str]:
+    rows: list[tuple[str, ...]] = []
+    for coder in coders:
+        rows.append(
+            (
+                _short(coder.name),
+                f"{coder.n_latents:,}",
+                f"{coder.n_alive:,}",
+                f"{coder.n_selected:,}",
+                f"{coder.n_explained:,}",
+                f"{coder.n_skipped:,}",
+                bracket(coder.entropy, digits=2),
+            )
+        )
+    heads = ("coder", "latents", "alive", "selected", "explained", "skipped", "token entropy, bits")
+    lines = _table("Latents", heads, rows)
+    for coder in coders:
+        for stage, reason, n in coder.skipped:
+            lines.insert(-1, f"  {_short(coder.name)}: {n:,} skipped at {stage}: {visible_line(reason)}"[:WIDTH])
+    return lines
+
+
+def _scores(coders: Sequence[CoderSummary]) -> list[str]:
+    rows = [
+        (
+            f"{_short(coder.name)} {explainer.name}",
+            s.scorer,
+            f"{s.n:,}",
+            bracket(s.median, digits=2),
+            number(s.null_mean.value),
+            bracket(s.null_median, digits=2),
+            percent(s.ties.value),
+            bracket(s.lift, sign=True, digits=2),
+        )
+        for coder in coders
+        for explainer in coder.explainers
+        for s in explainer.scorers
+    ]
+    if not rows:
+        return []
+    heads = ("coder", "scorer", "n", "median score", "null mean", "null median", "=0.5", "lift over own null")
+    return _table("Balanced accuracy against other latents' explanations", heads, rows, left=2)
+
+
+def _executed(coders: Sequence[CoderSummary]) -> list[str]:
+    rows: list[tuple[str, ...]] = []
+    names = ("auprc_bigram", "auprc_token", "auprc_token_set", "auprc_unigram")
+    for coder in coders:
+        for explainer in coder.explainers:
+            parts = ([explainer.executed] if explainer.executed else []) + list(explainer.thirds)
+            for part in parts:
+                baselines = dict(part.baselines)
+                lifts = dict(part.lifts)
+                bigram = lifts.get("auprc_bigram")
+                rows.append(
+                    (
+                        _short(coder.name) if part.name == "all" else f"  {part.name}",
+                        f"{part.n:,}",
+                        small(part.metric("base_rate").value),
+                        bracket(part.metric("auprc"), digits=2),
+                        *(number(baselines[n].value) if n in baselines else NONE for n in names),
+                        NONE if bigram is None else bracket(bigram, sign=True, digits=2),
+                    )
+                )
+    if not rows:
+        return []
+    heads = ("coder", "n", "base rate", "rule", *(_HEADS[n] for n in names), "rule − bigram")
+    return _table("Median held-out AUPRC of the rules and of what needs no rule", heads, rows)
+
+
+_HEADS = {"auprc_bigram": "bigram", "auprc_token": "token", "auprc_token_set": "12-set", "auprc_unigram": "unigram"}
+assert set(_HEADS) == set(BASELINES)
+
+
+def _short(name: str, width: int = _NAME) -> str:
+    """Return a coder's name cut in its middle to fit."""
+    shown = visible_line(name)
+    return shown if len(shown) <= width else f"{shown[: width // 2 - 1]}…{shown[-(width // 2) :]}"
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Return an aligned table: the first ``left`` columns to the left, the others to the right."""
+    widths = [max(len(heads[i]), *(len(row[i]) for row in rows)) for i in range(len(heads))]
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else " "
+
+    def line(cells: Sequence[str]) -> str:
+        return gap.join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        )
+
+    rule = gap.join("─" * w for w in widths)
+    return [title, line(heads).rstrip(), rule, *(line(row).rstrip() for row in rows), ""]

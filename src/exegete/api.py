@@ -1,0 +1,174 @@
+"""The Python face of the pipeline: the calls of the design's section 6b, with the command line's names and defaults."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exegete.config import CollectConfig, CorpusConfig, LLMConfig, RunConfig
+from exegete.errors import InputError, unknown
+from exegete.explainers.explainer import explainers
+from exegete.pipeline import Pipeline, Prepared, run_pipeline
+from exegete.run import Run, example_config
+from exegete.scorers.scorer import scorers
+from exegete.types import ExampleSet, Explanation, Score, Skipped
+from exegete.views import Donor, LatentView
+
+if TYPE_CHECKING:
+    from exegete.coders.coder import SparseCoder
+    from exegete.llm.client import LLMClient
+    from exegete.store.corpus import Corpus
+    from exegete.store.store import Store
+    from exegete.subjects import Subject
+
+
+def run(
+    config: str | Path | RunConfig, *, out: str | Path | None = None, llm: LLMClient | None = None, **changes: Any
+) -> Run:
+    """Run every stage of a configuration (a YAML path or a RunConfig) and return the run.
+
+    ``out`` is the run folder, by default the YAML file's name without its ending, beside it. ``changes`` are settings
+    laid over the configuration, nested as in the YAML. Raises InputError before any work starts when something is
+    missing or does not fit.
+    """
+    if isinstance(config, RunConfig):
+        if out is None:
+            raise InputError("a run needs a folder; give one with out=…")
+        settings = RunConfig.from_dict({**config.to_dict(), **changes}) if changes else config
+        return run_pipeline(settings, out, llm=llm)
+    path = Path(config)
+    return run_pipeline(RunConfig.from_yaml(path, changes), out or path.with_suffix(""), llm=llm)
+
+
+def load_corpus(
+    text: str | Sequence[str], *, tokenizer: Any, folder: str | Path | None = None, **settings: Any
+) -> Corpus:
+    """Tokenize text into rows (``row_length``, ``max_tokens``, ``column``, ``bos``) and return the corpus.
+
+    ``text`` is as the configuration's ``corpus.text``. Without a ``folder`` the rows lie in a temporary one that goes
+    with the returned object. Raises InputError when there is no text.
+    """
+    from exegete.store.corpus import build_corpus
+    from exegete.store.sources import text_documents
+    from exegete.subjects.pieces import token_table
+
+    allowed = {f.name for f in dataclasses.fields(CorpusConfig)} - {"text"}
+    for name in settings:
+        if name not in allowed:
+            raise unknown("corpus setting", name, allowed)
+    patterns = (text,) if isinstance(text, str) else tuple(text)
+    config = CorpusConfig(text=patterns, **settings)
+    place = Path(folder) if folder else Path(tempfile.mkdtemp(prefix="exegete-corpus-"))
+    documents = text_documents(patterns, column=config.column)
+    corpus = build_corpus(place, documents, tokenizer, config, table=token_table(tokenizer))
+    if folder is None:
+        weakref.finalize(corpus, shutil.rmtree, place, ignore_errors=True)
+    return corpus
+
+
+def collect(
+    subject: Subject,
+    coders: Mapping[str, SparseCoder],
+    corpus: Corpus,
+    *,
+    out: str | Path,
+    seed: int = 0,
+    nulls: Sequence[str] = (),
+    **settings: Any,
+) -> Run:
+    """Collect the firings of named coders over a corpus into a run folder and return the run.
+
+    ``settings`` are those of the configuration's ``collect`` group. Raises MismatchError when the folder holds output
+    of other settings, or a coder does not fit the subject.
+    """
+    from exegete.coders import check_fit
+
+    for coder in coders.values():
+        check_fit(coder, subject)
+    config = RunConfig(
+        subject=subject.name,
+        coder=tuple(coders),
+        nulls=tuple(nulls),
+        seed=seed,
+        corpus=corpus.config,
+        collect=dataclasses.replace(CollectConfig(), **settings),
+    )
+    with Pipeline(config, out) as pipeline:
+        pipeline.collect_corpus(Prepared(subject=subject, coders=coders), corpus)
+        return pipeline.run
+
+
+def select(store: Store, index: int, *, seed: int = 0, **settings: Any) -> ExampleSet | Skipped:
+    """Return the examples of one latent, or why it has none. ``settings`` are those of the ``examples`` group."""
+    from exegete.examples import StoreData, select_many, split_rows
+
+    config = example_config(**settings)
+    split = split_rows(store.corpus, seed=seed, test_share=config.test_share)
+    chosen = select_many(StoreData(store, split), [index], config=config, coder=store.name, seed=seed)[0]
+    return dataclasses.replace(chosen, table=store.corpus.table) if isinstance(chosen, ExampleSet) else chosen
+
+
+def explain(
+    what: LatentView | ExampleSet,
+    *,
+    explainer: str = "rule",
+    llm: str | LLMClient | None = None,
+    **args: Any,
+) -> Explanation:
+    """Explain one latent, given as a view (``run.latent``) or, for what needs no more, as examples (``select``).
+
+    ``args`` go to the explainer. Raises InputError when the explainer needs something that is not there.
+    """
+    view = _view(what, llm)
+    return next(iter(explainers.make(explainer, args).explain([view])))
+
+
+async def explain_async(what: LatentView | ExampleSet, **options: Any) -> Explanation:
+    """Do what ``explain`` does without blocking the event loop."""
+    return await asyncio.to_thread(explain, what, **options)
+
+
+def score(
+    explanation: Explanation,
+    what: LatentView | ExampleSet,
+    *,
+    scorer: str = "detection",
+    llm: str | LLMClient | None = None,
+    donors: Sequence[Explanation] = (),
+    **args: Any,
+) -> Score:
+    """Score one explanation and return the scorer's first metric; ``donors`` are explanations of other latents.
+
+    A rule explanation is judged by its own program when no language model is given. Raises InputError when the scorer
+    needs something that is not there.
+    """
+    view = _view(what, llm)
+    if donors:
+        ranked = tuple(Donor(explanation=e, rank=i) for i, e in enumerate(donors))
+        view = dataclasses.replace(view, donors=ranked)
+    scoring = next(iter(scorers.make(scorer, args).score([(explanation, view)])), None)
+    if scoring is None or not scoring.scores:
+        raise InputError(f"scorer {scorer!r} has nothing to say of this explanation (status {explanation.status!r})")
+    return scoring.scores[0]
+
+
+async def score_async(explanation: Explanation, what: LatentView | ExampleSet, **options: Any) -> Score:
+    """Do what ``score`` does without blocking the event loop."""
+    return await asyncio.to_thread(score, explanation, what, **options)
+
+
+def _view(what: LatentView | ExampleSet, llm: str | LLMClient | None) -> LatentView:
+    from exegete.llm.openai_api import client_from_spec
+
+    client = client_from_spec(llm, LLMConfig(llm=llm)) if isinstance(llm, str) else llm
+    if isinstance(what, LatentView):
+        return dataclasses.replace(what, llm=client) if client is not None else what
+    if what.table is None:
+        raise InputError("these examples do not say what their tokens stand for; get them from exegete.select")
+    return LatentView(latent=what.latent, tokens=what.table, examples=what, llm=client)

@@ -1,0 +1,157 @@
+"""What each command does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from exegete.cli.bars import progress_for
+from exegete.cli.options import given
+from exegete.config import RunConfig, merge
+from exegete.errors import ConfigError
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out the chosen command."""
+    return {
+        "demo": _demo,
+        "run": _run,
+        "collect": _collect,
+        "explain": _explain,
+        "score": _score,
+        "report": _report,
+        "status": _status,
+    }[options.command](options)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from exegete.demo import demo_config, describe_corpus
+    from exegete.pipeline import run_pipeline
+
+    begun = time.monotonic()
+    config = demo_config(given(options))
+    _say(describe_corpus())
+    made = run_pipeline(config, options.out, progress=progress_for(options.quiet))
+    _print_report(made)
+    _say(f"{time.monotonic() - begun:.0f} s in all")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from exegete.pipeline import run_pipeline
+
+    made = run_pipeline(_config(options), options.out, progress=progress_for(options.quiet))
+    _print_report(made)
+    return 0
+
+
+def _collect(options: argparse.Namespace) -> int:
+    from exegete.pipeline import Pipeline, prepare
+    from exegete.run import Run
+
+    config = _config(options)
+    prepared = prepare(config)
+    with Pipeline(config, options.out, progress_for(options.quiet)) as pipeline:
+        pipeline.collect(prepared)
+    made = Run(options.out)
+    for name in made.coders():
+        store = made.store(name)
+        firing = int((store.counts > 0).sum())
+        quality = store.manifest.quality
+        note = f", FVU {quality['fvu']:.3f}, L0 {quality['l0']:.1f}" if quality else ""
+        _say(f"{name}: {int(store.counts.sum()):,} firings of {firing:,} of {store.width:,} latents{note}")
+    _say(f"next: exegete explain {options.out}")
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    pipeline, client = _open(options)
+    with pipeline:
+        pipeline.explain(client)
+    counts = _counts(pipeline.run.table("explanations")["status"])
+    _say("explanations: " + (", ".join(f"{n} {status}" for status, n in counts.items()) or "none"))
+    _say(f"next: exegete score {options.run}")
+    return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    pipeline, client = _open(options)
+    with pipeline:
+        pipeline.score(client)
+    _say(f"{len(pipeline.run.table('scores')['value'])} scores")
+    _say(f"next: exegete report {options.run}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from exegete.files import RunLock
+    from exegete.pipeline import report
+    from exegete.run import open_run
+
+    made = open_run(options.run)
+    with RunLock(made.folder):
+        report(made)
+    _print_report(made)
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from exegete.run import open_run
+    from exegete.status import status_of, status_text
+
+    found = status_of(open_run(options.run))
+    _say(json.dumps(found, indent=2) if options.json else status_text(found))
+    return 0
+
+
+def _open(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the pipeline of an existing run with the options laid over its configuration, and its LLM."""
+    from exegete.llm.openai_api import client_from_spec
+    from exegete.pipeline import Pipeline, check_llm
+    from exegete.run import open_run
+
+    made = open_run(options.run)
+    config = RunConfig.from_dict(merge(made.config.to_dict(), given(options)))
+    client = client_from_spec(config.llm.llm, config.llm)
+    check_llm(client)
+    return Pipeline(config, options.run, progress_for(options.quiet)), client
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    """Return the configuration of ``CONFIG.yaml`` or ``MODEL CODER …`` with the options laid over it."""
+    first = options.what[0]
+    if first.endswith((".yaml", ".yml")):
+        if len(options.what) > 1:
+            raise ConfigError(f"after {first} come only options, got {options.what[1]!r}")
+        return RunConfig.from_yaml(Path(first), given(options))
+    if len(options.what) < 2:
+        raise ConfigError(f"give a configuration file (.yaml), or a model and a coder; got only {first!r}")
+    named = {"subject": first, "coder": list(options.what[1:])}
+    return RunConfig.from_dict(merge(named, given(options)))
+
+
+def _print_report(made: Any) -> None:
+    from exegete.analysis.summary import summarise, table_text
+
+    results = made.results()
+    try:
+        _say(table_text(summarise(results)))
+    finally:
+        results.close()
+    _say(f"report: {made.report_path}")
+
+
+def _counts(values: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for value in values:
+        found[str(value)] = found.get(str(value), 0) + 1
+    return dict(sorted(found.items()))

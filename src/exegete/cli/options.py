@@ -1,0 +1,198 @@
+"""The parser: one option per field of the configuration, its help text taken from the field's docstring."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NoReturn, final
+
+from exegete import config as settings
+from exegete.config import RunConfig
+
+_FLAGS = {
+    "latents.count": "latents",
+    "latents.indices": "latent-indices",
+    "llm.timeout": "llm-timeout",
+}
+_HIDDEN = {"subject", "coder"}  # positionals of ``run`` and ``collect``
+
+_EPILOG = """\
+The embedded default needs no network, GPU or key:  exegete demo
+Your own model and coders:                          exegete run MODEL CODER --text 'data/*.jsonl' --out runs/a
+"""
+
+
+@final
+class Parser(argparse.ArgumentParser):
+    """Argparse that refuses bad options with one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line naming the command and what is wrong."""
+        self.exit(2, f"exegete: {message}; see: {self.prog} --help\n")
+
+
+def fields() -> Iterator[tuple[str, str, Any, str]]:
+    """Yield ``(setting, flag, type, help)`` of every setting, groups flattened."""
+    for group, kind in _groups():
+        texts = _docstrings(kind.__name__)
+        hints = typing.get_type_hints(kind)
+        for item in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(hints[item.name]):
+                continue
+            name = f"{group}{item.name}"
+            yield name, _FLAGS.get(name, item.name.replace("_", "-")), hints[item.name], texts[item.name]
+
+
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that the command line named, nested as in the configuration."""
+    nested: dict[str, Any] = {}
+    for name, _, _, _ in fields():
+        key = name.replace(".", "__")
+        if key in options:
+            group, _, field = name.rpartition(".")
+            target = nested.setdefault(group, {}) if group else nested
+            value = getattr(options, key)
+            target[field] = list(value) if isinstance(value, list | tuple) else value
+    return nested
+
+
+def build_parser() -> Parser:
+    """Return the parser of every command."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-v", "--verbose", action="count", default=0, help="say more (-vv for everything)")
+    common.add_argument("-q", "--quiet", action="count", default=0, help="say less; no progress bars")
+    parser = Parser(
+        prog="exegete",
+        description="Explain the latents of language models automatically, and measure how good each explanation is.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"exegete {version('exegete')}")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, text: str) -> Parser:
+        made = commands.add_parser(name, help=text, description=text, parents=[common])
+        made.set_defaults(command=name)
+        return made
+
+    demo = command("demo", "Run the whole pipeline on the embedded default: no network, GPU or key.")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
+    _add_settings(demo, only={"latents.count", "corpus.max_tokens", "seed", "llm.llm", "explainer", "collect.threads"})
+
+    run = command("run", "Collect, select, explain, score and report; continues what was begun.")
+    run.add_argument("what", nargs="+", metavar="CONFIG.yaml | MODEL CODER", help="a configuration file, or a model "
+                     "and one or more coders (hub ids or folders)")
+    run.add_argument("--out", type=Path, required=True, help="run folder")
+    _add_settings(run)
+
+    collect = command("collect", "Collect the firings of coders over a corpus into a run folder.")
+    collect.add_argument("what", nargs="+", metavar="CONFIG.yaml | MODEL CODER", help="as for run")
+    collect.add_argument("--out", type=Path, required=True, help="run folder")
+    _add_settings(collect)
+
+    explain = command("explain", "Explain the latents of a collected run.")
+    explain.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    _add_settings(explain, groups=("examples.", "latents.", "llm."), only={"explainer", "seed"})
+
+    score = command("score", "Score the explanations of a run.")
+    score.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    _add_settings(score, groups=("llm.",), only={"scorers", "donors", "explainer"})
+
+    report = command("report", "Write a run's report and print its table.")
+    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
+
+    status = command("status", "Say what of a run is done, failed and skipped.")
+    status.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, *, groups: tuple[str, ...] = ("",), only: set[str] | None = None) -> None:
+    chosen = groups if only is None else tuple(g for g in groups if g)
+    for name, flag, hint, text in fields():
+        wanted = (only is not None and name in only) or any(name.startswith(g) for g in chosen)
+        if wanted and name not in _HIDDEN:
+            options = _argument(hint)
+            shown = _default(name)
+            note = "" if shown in (None, "", ()) else f" (default: {_show(shown)})"
+            parser.add_argument(
+                f"--{flag}",
+                dest=name.replace(".", "__"),
+                default=argparse.SUPPRESS,
+                help=(text + note).replace("%", "%%"),
+                **options,
+            )
+
+
+def _argument(hint: Any) -> dict[str, Any]:
+    """Return argparse's keywords for a type of setting."""
+    origin = typing.get_origin(hint)
+    if origin is types.UnionType:
+        return _argument(next(a for a in typing.get_args(hint) if a is not type(None)))
+    if origin is Literal:
+        return {"choices": typing.get_args(hint)}
+    if origin is tuple:
+        return {**_argument(typing.get_args(hint)[0]), "nargs": "+"}
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    names = {int: "N", float: "X", str: "TEXT"}
+    return {"type": _integer if hint is int else hint, "metavar": names[hint]}
+
+
+def _integer(text: str) -> int:
+    """Read 500000, 500_000 or 500k / 2M."""
+    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
+    body = text[:-1] if scale > 1 else text
+    try:
+        return int(float(body) * scale) if scale > 1 else int(body)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a whole number (say 500000 or 500k), got {text!r}") from None
+
+
+def _groups() -> list[tuple[str, type[Any]]]:
+    hints = typing.get_type_hints(RunConfig)
+    inner = [(f"{f.name}.", hints[f.name]) for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(hints[f.name])]
+    return [("", RunConfig), *inner]
+
+
+def _default(name: str) -> Any:
+    value: Any = RunConfig()
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _show(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@cache
+def _sources() -> dict[str, dict[str, str]]:
+    """Read the docstrings under the fields of every configuration class."""
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(settings)).body:
+        if isinstance(node, ast.ClassDef):
+            texts = found.setdefault(node.name, {})
+            for before, after in zip(node.body, node.body[1:], strict=False):
+                if (
+                    isinstance(before, ast.AnnAssign)
+                    and isinstance(before.target, ast.Name)
+                    and isinstance(after, ast.Expr)
+                    and isinstance(after.value, ast.Constant)
+                    and isinstance(after.value.value, str)
+                ):
+                    texts[before.target.id] = " ".join(after.value.value.split())
+    return found
+
+
+def _docstrings(name: str) -> dict[str, str]:
+    return _sources()[name]

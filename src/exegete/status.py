@@ -1,0 +1,60 @@
+"""What of a run is done, failed and skipped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from exegete.run import Run
+
+
+def status_of(run: Run) -> dict[str, Any]:
+    """Return counts per coder: firings collected, explanations by status, scores by scorer, skips by reason."""
+    corpus = {"rows": run.corpus.n_rows, "tokens": run.corpus.n_tokens} if run.corpus_folder.is_dir() else {}
+    coders: dict[str, Any] = {}
+    for name in run.coders():
+        manifest = run.store(name).manifest
+        rows = sum(s.row_stop - s.row_start for s in manifest.shards)
+        coders[name] = {"rows": rows, "complete": manifest.complete, "firings": sum(s.n_firings for s in manifest.shards)}
+    if (run.folder / "results.db").is_file():
+        _count_results(run, coders)
+    return {"run": str(run.folder), "corpus": corpus, "coders": coders, "report": run.report_path.is_file()}
+
+
+def _count_results(run: Run, coders: dict[str, Any]) -> None:
+    results = run.results()
+    try:
+        explained, scored, skipped = (results.table(t) for t in ("explanations", "scores", "skips"))
+    finally:
+        results.close()
+    for name, entry in coders.items():
+        entry["explanations"] = dict(
+            Counter(str(s) for c, s in zip(explained["coder"], explained["status"], strict=True) if c == name)
+        )
+        pairs = {
+            (scorer, index)
+            for c, index, scorer, control in zip(
+                scored["coder"], scored["idx"], scored["scorer"], scored["control"], strict=True
+            )
+            if c == name and control == "none"
+        }
+        entry["scored"] = dict(sorted(Counter(str(scorer) for scorer, _ in pairs).items()))
+        entry["skipped"] = dict(
+            Counter(str(r) for c, r in zip(skipped["coder"], skipped["reason"], strict=True) if c == name)
+        )
+
+
+def status_text(found: dict[str, Any]) -> str:
+    """Return the status as lines of text."""
+    corpus = found["corpus"]
+    lines = [f"run {found['run']}"]
+    if corpus:
+        lines.append(f"corpus: {corpus['tokens']:,} tokens in {corpus['rows']:,} rows")
+    for name, entry in found["coders"].items():
+        rows = corpus.get("rows") or 1
+        lines.append(f"{name}: collected {100 * entry['rows'] / rows:.0f} %, {entry['firings']:,} firings")
+        for part in ("explanations", "scored", "skipped"):
+            if entry.get(part):
+                lines.append(f"    {part}: " + ", ".join(f"{n:,} {what}" for what, n in entry[part].items()))
+    lines.append("report: written" if found["report"] else "report: not yet")
+    return "\n".join(lines)

@@ -1,0 +1,173 @@
+"""The corpus of a run on disk: token rows that remember their document, memory-mapped.
+
+A folder of ``tokens.npy`` [n_rows, row_length] uint16 or uint32, ``segments.npy`` [n_segments, 4] int64 (row, start,
+stop, document; today one segment a row), ``documents.jsonl``, ``token_table.json``, ``tokenizer.json`` where the
+tokenizer has one, and ``manifest.json``, written last: a folder without it is not a corpus.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from exegete.errors import CorruptError, NotFoundError
+from exegete.files import read_array
+from exegete.store.checks import read_manifest, verify_once
+from exegete.tokens import TokenTable
+from exegete.types import Array, Rows, Split
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A text of the corpus: its key, its split where the source fixed one, and its size in bytes of UTF-8."""
+
+    key: str
+    split: Split | None
+    n_bytes: int
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusManifest:
+    """What a corpus was made of.
+
+    ``n_tokens`` counts tokens of text, without BOS and padding; ``n_counted`` the positions at which firings count;
+    ``key`` holds the settings that a second build must share; ``mask_policy`` says which positions do not count:
+    ``bos`` (column 0 of every row) and the ``special`` ids, besides padding; ``files`` are SHA-256 of the contents.
+    """
+
+    format: int
+    row_length: int
+    n_rows: int
+    n_tokens: int
+    n_counted: int
+    n_documents: int
+    key: Mapping[str, Any]
+    mask_policy: Mapping[str, Any]
+    files: Mapping[str, str]
+    hash: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data that ``from_json`` turns back into an equal manifest."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CorpusManifest:
+        """Read what ``to_json`` gave. Raises CorruptError when fields are missing or unknown."""
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise CorruptError(f"the corpus manifest does not parse: {error}") from error
+
+
+@final
+class Corpus:
+    """A complete corpus, opened with ``open_corpus``; arrays are mapped, so nothing is read before it is used."""
+
+    def __init__(self, folder: Path, manifest: CorpusManifest, tokens: Array, segments: Array) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.tokens = tokens
+        self._segments = segments
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    @property
+    def n_rows(self) -> int:
+        """Token rows."""
+        return self.manifest.n_rows
+
+    @property
+    def row_length(self) -> int:
+        """Positions in a row."""
+        return self.manifest.row_length
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of text, without BOS and padding."""
+        return self.manifest.n_tokens
+
+    @property
+    def n_counted(self) -> int:
+        """Positions at which firings count."""
+        return self.manifest.n_counted
+
+    @property
+    def hash(self) -> str:
+        """Identity of the contents, 16 hex digits."""
+        return self.manifest.hash
+
+    @cached_property
+    def table(self) -> TokenTable:
+        """The token-bytes table."""
+        path = self.folder / "token_table.json"
+        verify_once(path, self.manifest.files[path.name])
+        return TokenTable.from_json(path.read_text(encoding="utf-8"))
+
+    @cached_property
+    def documents(self) -> tuple[Document, ...]:
+        """The documents, in row order."""
+        path = self.folder / "documents.jsonl"
+        verify_once(path, self.manifest.files[path.name])
+        with path.open(encoding="utf-8") as stream:
+            return tuple(Document(**json.loads(line)) for line in stream)
+
+    @cached_property
+    def row_documents(self) -> Array:
+        """The document of each row [n_rows], int32."""
+        result: Array = self._segments[:, 3].astype(np.int32)
+        return result
+
+    @cached_property
+    def row_lengths(self) -> Array:
+        """Positions of each row before its padding [n_rows], int32, BOS included."""
+        result: Array = self._segments[:, 2].astype(np.int32)
+        return result
+
+    def rows(self, index: slice | Sequence[int] | Array) -> Rows:
+        """Return rows by a slice or by their indices, copied from disk."""
+        chosen = index if isinstance(index, slice) else np.asarray(index, dtype=np.int64)
+        tokens = np.ascontiguousarray(self.tokens[chosen], dtype=np.uint32)
+        columns = np.arange(self.row_length)
+        real = columns < self.row_lengths[chosen][:, None]
+        documents = np.where(real, self.row_documents[chosen][:, None], np.int32(-1))
+        mask = real & np.isin(tokens, np.array(self.manifest.mask_policy["special"], np.int64), invert=True)
+        if self.manifest.mask_policy["bos"]:
+            mask[:, 0] = False
+        return Rows(tokens=tokens, documents=documents, mask=mask)
+
+    def verify(self) -> None:
+        """Check the checksum of every file, each once per process. Raises CorruptError naming the file."""
+        for name, sha256 in self.manifest.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise CorruptError(f"{path} is missing; build the corpus again")
+            verify_once(path, sha256)
+
+
+def open_corpus(folder: str | os.PathLike[str]) -> Corpus:
+    """Open a corpus and check its token and segment files, once per process.
+
+    Raises NotFoundError when the folder holds no finished corpus, CorruptError naming a damaged file.
+    """
+    base = Path(folder)
+    if not (base / MANIFEST).is_file():
+        raise NotFoundError(f"there is no corpus in {base}; make one with build_corpus or exegete collect")
+    manifest = CorpusManifest.from_json(read_manifest(base / MANIFEST, number=FORMAT))
+    corpus = Corpus(base, manifest, read_array(base / "tokens.npy"), read_array(base / "segments.npy"))
+    if corpus.tokens.shape != (manifest.n_rows, manifest.row_length):
+        raise CorruptError(f"{base / 'tokens.npy'} has shape {corpus.tokens.shape}; build the corpus again")
+    corpus.verify()
+    return corpus

@@ -1,0 +1,37 @@
+"""Fixtures shared by all tests: no network, a clean environment, and one small subject with its coders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of the developer's own shell never reach a test."""
+    for name in ("OPENAI_API_KEY", "OPENROUTER_API_KEY", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random tiny Llama (``model``), two TopK coders (``coders``) and text (``text.jsonl``)."""
+    import json
+    import random
+
+    from exegete.testing import toy_llama, toy_topk_coder
+
+    folder = tmp_path_factory.mktemp("toy")
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "ran", "home", "(", ")", "1", "22", "\n", "def"]
+    draw = random.Random(0)
+    texts = [" ".join(draw.choice(words) for _ in range(160)) for _ in range(40)]
+    toy_llama(folder / "model", seed=1, layers=2, d=32, texts=texts)
+    toy_topk_coder(folder / "coders", d=32, width=64, k=4, hookpoints=("layers.0", "layers.0.mlp"), seed=2)
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exegete.errors import InputError
+from exegete.examples.split import split_documents, split_rows
+from exegete.types import Array, Split
+
+
+@dataclass(frozen=True)
+class Document:
+    key: str
+    split: Split | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    documents: tuple[Document, ...]
+    row_documents: Array
+
+
+def corpus(rows_of: list[int], fixed: dict[int, Split] | None = None) -> Corpus:
+    documents = tuple(Document(f"d{i}", (fixed or {}).get(i)) for i in range(len(rows_of)))
+    return Corpus(documents, np.repeat(np.arange(len(rows_of)), rows_of))
+
+
+def keys(n: int) -> list[str]:
+    return [f"https://example.org/{i}" for i in range(n)]
+
+
+def test_the_share_of_test_documents_is_as_asked() -> None:
+    for share in (0.1, 0.4, 0.75):
+        split = split_documents(keys(4000), [None] * 4000, seed=1, test_share=share)
+        assert set(split) == {"train", "test"}
+        assert abs(split.count("test") / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5
+
+
+@given(st.integers(0, 2**40), st.permutations(range(30)))
+def test_a_documents_split_depends_on_seed_and_key_alone(seed: int, order: list[int]) -> None:
+    names = keys(30)
+    known = dict(zip(names, split_documents(names, [None] * 30, seed=seed, test_share=0.4), strict=True))
+    shuffled = [names[i] for i in order][:25]
+    again = split_documents(shuffled, [None] * 25, seed=seed, test_share=0.4)
+    assert again == [known[name] for name in shuffled]
+
+
+def test_another_seed_is_another_split_and_the_value_is_pinned() -> None:
+    a, b = (split_documents(keys(500), [None] * 500, seed=s, test_share=0.5) for s in (0, 1))
+    same = sum(x == y for x, y in zip(a, b, strict=True))
+    assert 190 < same < 310  # independent coins agree half the time
+    # Pinned: a stored split must not change with a version.
+    assert "".join(str(s)[1] for s in a[:20]) == "rrerrrererrerreeerre"
+
+
+def test_what_the_source_fixed_stays() -> None:
+    fixed: list[Split | None] = ["validation", "train", "test", *[None] * 30]
+    for seed in range(5):
+        assert split_documents(keys(33), fixed, seed=seed, test_share=0.5)[:3] == fixed[:3]
+
+
+def test_twenty_documents_are_hashed_and_nineteen_are_left_to_blocks() -> None:
+    assert split_documents(keys(19), [None] * 18 + ["test"], seed=0, test_share=0.4) == [None] * 18 + ["test"]
+    assert None not in split_documents(keys(20), [None] * 20, seed=0, test_share=0.4)
+
+
+def test_wrong_shares_and_lengths_are_refused() -> None:
+    for share in (0.0, 1.0, -0.1, 40.0):
+        with pytest.raises(InputError, match="test_share"):
+            split_documents(keys(3), [None] * 3, seed=0, test_share=share)
+    with pytest.raises(InputError, match="got 3 and 2"):
+        split_documents(keys(3), [None] * 2, seed=0, test_share=0.5)
+
+
+@given(st.lists(st.integers(1, 6), min_size=20, max_size=60), st.integers(0, 1000))
+def test_all_rows_of_a_document_share_its_split(rows_of: list[int], seed: int) -> None:
+    made = corpus(rows_of, {0: "train", 1: "test", 2: "validation"})
+    rows = split_rows(made, seed=seed, test_share=0.4)
+    assert rows.dtype == np.int8
+    assert len(rows) == sum(rows_of)
+    for number in range(len(rows_of)):
+        assert len(set(rows[made.row_documents == number].tolist())) == 1
+    assert set(rows.tolist()) <= {0, 1, 2}
+    assert (rows[made.row_documents == 0] == 0).all()
+    assert (rows[made.row_documents == 1] == 2).all()
+    assert (rows[made.row_documents == 2] == 1).all()
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=19), st.integers(0, 1000), st.floats(0.05, 0.95))
+def test_few_documents_are_cut_into_two_blocks_with_a_gap(rows_of: list[int], seed: int, share: float) -> None:
+    n = sum(rows_of)
+    if n < 3:
+        with pytest.raises(InputError, match="no row is left for the test split of"):
+            split_rows(corpus(rows_of), seed=seed, test_share=share)
+        return
+    rows = split_rows(corpus(rows_of), seed=seed, test_share=share).tolist()
+    gap = rows.index(-1)
+    left, right = set(rows[:gap]), set(rows[gap + 1 :])
+    assert {frozenset(left), frozenset(right)} == {frozenset({0}), frozenset({2})}
+    assert rows.count(2) == min(max(round((n - 1) * share), 1), n - 2)
+
+
+def test_the_seed_draws_which_end_is_judged() -> None:
+    firsts = {int(split_rows(corpus([50]), seed=seed, test_share=0.4)[0]) for seed in range(20)}
+    assert firsts == {0, 2}
+
+
+def test_the_smallest_cut() -> None:
+    assert sorted(split_rows(corpus([3]), seed=0, test_share=0.4).tolist()) == [-1, 0, 2]
+
+
+def test_few_documents_that_the_source_fixed_are_left_alone() -> None:
+    rows = split_rows(corpus([2, 3, 10], {0: "test", 1: "train"}), seed=0, test_share=0.4)
+    assert rows[:5].tolist() == [2, 2, 0, 0, 0]
+    assert sorted(rows[5:].tolist()) == [-1, *[0] * 5, *[2] * 4]
+    # Two rows cannot be cut; they go to training and what is fixed stays.
+    assert split_rows(corpus([2, 2], {0: "test"}), seed=0, test_share=0.4).tolist() == [2, 2, 0, 0]
+
+
+@pytest.mark.parametrize("missing", ["train", "test"])
+def test_an_empty_split_is_refused_with_what_to_do(missing: str) -> None:
+    other: Split = "test" if missing == "train" else "train"
+    with pytest.raises(InputError, match=rf"{missing} split of 25 documents in 25 rows; give more text"):
+        split_rows(corpus([1] * 25, dict.fromkeys(range(25), other)), seed=0, test_share=0.4)
+    with pytest.raises(InputError, match="no row is left"):
+        split_rows(corpus([]), seed=0, test_share=0.4)
+
+
+def test_real_rows_split_before_anything_is_drawn(make_store: Callable[..., Any]) -> None:
+    store = make_store(lengths=[100] * 40, rates=[0.1])
+    rows = split_rows(store.corpus, seed=0, test_share=0.4)
+    owners = store.corpus.row_documents
+    assert not set(owners[rows == 0]) & set(owners[rows == 2])

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exegete.errors import InputError
+from exegete.examples.windows import Frame, activations, centred, fires_per_window, frame, ordered, stretches
+from exegete.types import Array, Rows
+
+
+def rows_of(owners: list[list[int]], mask: list[list[int]] | None = None) -> Rows:
+    documents = np.array(owners, dtype=np.int32)
+    counted = documents >= 0 if mask is None else np.array(mask, dtype=bool)
+    return Rows(
+        tokens=np.arange(documents.size, dtype=np.uint32).reshape(documents.shape), documents=documents, mask=counted
+    )
+
+
+def plain(n: int, length: int, *, bos: bool = False) -> Rows:
+    mask = np.ones((n, length), dtype=bool)
+    mask[:, 0] = not bos
+    return Rows(tokens=np.zeros((n, length), np.uint32), documents=np.zeros((n, length), np.int32), mask=mask)
+
+
+MESSY = st.integers(1, 4).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.lists(st.integers(-1, 2), min_size=12, max_size=12), min_size=n, max_size=n),
+        st.lists(st.lists(st.integers(0, 4), min_size=12, max_size=12), min_size=n, max_size=n),
+        st.integers(1, 5),
+        st.integers(0, 99),
+    )
+)
+
+
+def test_stretches_by_hand() -> None:
+    rows = rows_of(
+        [[0, 0, 0, 1, 1, -1], [2, 2, 2, 2, 2, 2], [-1, -1, -1, -1, -1, -1]],
+        [[0, 1, 1, 1, 1, 0], [1, 1, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0]],
+    )
+    row, first, last = stretches(rows)
+    assert list(zip(row.tolist(), first.tolist(), last.tolist(), strict=True)) == [
+        (0, 1, 3), (0, 3, 5), (1, 0, 2), (1, 3, 6),
+    ]  # fmt: skip
+
+
+@given(MESSY)
+def test_the_frame_holds_each_counted_position_at_most_once(
+    case: tuple[list[list[int]], list[list[int]], int, int],
+) -> None:
+    owners, counted, window, seed = case
+    rows = rows_of(owners, [[int(c > 0) for c in line] for line in counted])
+    made = frame(rows, window, seed=seed)
+    taken = np.zeros(rows.documents.shape, dtype=int)
+    for row, start, document in zip(made.row, made.start, made.document, strict=True):
+        span = slice(start, start + window)
+        assert start + window <= rows.length
+        assert rows.mask[row, span].all()
+        assert set(rows.documents[row, span].tolist()) == {int(document)}
+        assert document >= 0
+        taken[row, span] += 1
+    assert taken.max(initial=0) <= 1
+    places = made.row * rows.length + made.start
+    assert (np.diff(places) >= window).all()
+    lookup = made.lookup()
+    assert ((lookup >= 0) == (taken.ravel() == 1)).all()
+    for number, place in enumerate(places):
+        assert (lookup[place : place + window] == number).all()
+    # No stretch that could hold a window is left without one, and what is left at its ends is shorter than a window.
+    for row, first, last in zip(*stretches(rows), strict=True):
+        mine = made.start[(made.row == row) & (made.first == first)]
+        assert (made.last[(made.row == row) & (made.first == first)] == last).all()
+        assert bool(len(mine)) == (last - first >= window)
+        if len(mine):
+            assert mine[0] - first < window
+            assert last - mine[-1] < 2 * window
+            assert (np.diff(mine) == window).all()
+
+
+@given(st.integers(0, 2**63), st.permutations(range(12)))
+def test_the_offset_depends_on_seed_and_row_alone(seed: int, order: list[int]) -> None:
+    rows = plain(12, 40)
+    whole = frame(rows, 8, seed=seed, numbers=np.arange(12) + 100)
+    numbers = np.array(order[:5]) + 100
+    part = frame(plain(5, 40), 8, seed=seed, numbers=numbers)
+    for place, number in enumerate(numbers):
+        assert part.start[part.row == place].tolist() == whole.start[whole.row == number - 100].tolist()
+
+
+def test_offsets_are_uniform_over_the_window() -> None:
+    made = frame(plain(20_000, 256, bos=True), 32, seed=7)
+    first = made.start[np.flatnonzero(np.diff(made.row, prepend=-1))] - 1  # BOS stands at position 0
+    counts = np.bincount(first, minlength=32)
+    assert len(counts) == 32
+    assert ((counts - 625) ** 2 / 625).sum() < 61.1  # chi-square, 31 degrees of freedom, p = .001
+    assert len(made) == 20_000 * 7
+    other = frame(plain(20_000, 256, bos=True), 32, seed=8)
+    assert 0.01 < (made.start == other.start).mean() < 0.06  # 1/32 by chance
+
+
+def test_short_stretches_keep_their_one_window() -> None:
+    starts = set()
+    for seed in range(200):
+        made = frame(plain(1, 10), 8, seed=seed)
+        assert len(made) == 1
+        starts.add(int(made.start[0]))
+    assert starts == {0, 1, 2}
+    assert len(frame(plain(5, 7), 8, seed=0)) == 0
+    assert len(frame(plain(5, 8), 8, seed=0)) == 5
+    assert {len(frame(plain(1, 15), 8, seed=s)) for s in range(50)} == {1}
+    assert {len(frame(plain(1, 16), 8, seed=s)) for s in range(50)} == {1, 2}
+
+
+def test_no_window_holds_bos_or_padding() -> None:
+    owners = [[0] * 30 + [-1] * 10] * 40
+    mask = [[0] + [1] * 29 + [0] * 10] * 40
+    made = frame(rows_of(owners, mask), 8, seed=3)
+    assert made.start.min() >= 1
+    assert (made.start + 8).max() <= 30
+
+
+def test_a_frame_without_rows_and_wrong_arguments() -> None:
+    assert len(frame(plain(0, 10), 4, seed=0)) == 0
+    assert frame(plain(0, 10), 4, seed=0).lookup().shape == (0,)
+    with pytest.raises(InputError, match="at least one token, got 0"):
+        frame(plain(1, 10), 0, seed=0)
+    with pytest.raises(InputError, match="one number"):
+        frame(plain(2, 10), 4, seed=0, numbers=np.arange(3))
+
+
+def fire(made: Frame, rng: np.random.Generator, n: int) -> tuple[Array, Array]:
+    places = np.sort(rng.choice(made.n_rows * made.length, n, replace=False))
+    return places, rng.integers(-1, 5, n).astype(np.float32)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10**6), st.integers(0, 60))
+def test_fires_per_window_is_the_slow_obvious_one(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    made = frame(plain(4, 30, bos=True), 7, seed=seed)
+    places, values = fire(made, rng, n)
+    windows, peaks, maxima = fires_per_window(places, values, made.lookup())
+    slow = []
+    for number in range(len(made)):
+        base = int(made.row[number]) * 30 + int(made.start[number])
+        inside = [(float(v), -int(p)) for p, v in zip(places, values, strict=True) if base <= p < base + 7]
+        if inside:
+            value, place = max(inside)  # of equal values the first place
+            slow.append((number, -place, value))
+    assert list(zip(windows.tolist(), peaks.tolist(), maxima.tolist(), strict=True)) == slow
+    assert windows.dtype == np.int64
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10**6), st.integers(0, 60))
+def test_activations_are_the_slow_obvious_ones(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    made = frame(plain(4, 30), 7, seed=seed)
+    places, values = fire(made, rng, n)
+    whole = np.zeros(120, np.float32)
+    whole[places] = values
+    base = rng.integers(0, 113, 9)  # overlapping and repeated windows too
+    dense = activations(places, values, base, 7)
+    assert dense.dtype == np.float32
+    assert dense.tolist() == [whole[b : b + 7].tolist() for b in base]
+    assert activations(places, values, base[:0], 7).shape == (0, 7)
+
+
+def test_firings_are_put_in_order() -> None:
+    places, values = ordered(np.array([1, 0, 0]), np.array([2, 5, 3], np.int32), np.array([1.0, 2.0, 3.0]), 10)
+    assert (places.tolist(), values.tolist()) == ([3, 5, 12], [3.0, 2.0, 1.0])
+    places, values = ordered(np.array([0, 1]), np.array([9, 0], np.int32), np.array([1.0, 2.0]), 10)
+    assert (places.tolist(), values.tolist()) == ([9, 10], [1.0, 2.0])
+    # A row number times the length may exceed 32 bits.
+    assert ordered(np.array([2**26]), np.array([1], np.int32), np.array([1.0]), 256)[0].tolist() == [2**34 + 1]
+
+
+def test_a_centred_window_is_centred() -> None:
+    """Peer's defect: the centring flag is inverted, so "centred" windows are not and their negatives give it away."""
+    made = frame(plain(3, 100, bos=True), 8, seed=1)
+    for position, start in [(50, 46), (1, 1), (4, 1), (5, 1), (6, 2), (99, 92), (95, 91), (96, 92), (97, 92)]:
+        window = int(np.flatnonzero(made.row == 2)[0])
+        row, first = centred(made, np.array([window]), np.array([2 * 100 + position]))
+        assert (row.tolist(), first.tolist()) == ([2], [start])
+
+
+def test_centred_windows_stay_in_their_stretch_and_come_once() -> None:
+    rows = rows_of([[0] * 12 + [1] * 12])
+    made = frame(rows, 4, seed=0)
+    lookup = made.lookup()
+    places = np.flatnonzero(lookup >= 0)
+    row, start = centred(made, lookup[places], places)
+    assert len(set(start.tolist())) == len(start)
+    assert (np.diff(start) > 0).all()
+    assert all(s + 4 <= 12 or s >= 12 for s in start.tolist())
+    assert not row.any()
+
+
+def test_the_frame_is_pinned() -> None:
+    # A stored run must not change its windows with a version.
+    assert frame(plain(6, 64, bos=True), 16, seed=5).start.tolist() == [
+        11,
+        27,
+        43,
+        8,
+        24,
+        40,
+        16,
+        32,
+        48,
+        12,
+        28,
+        44,
+        15,
+        31,
+        47,
+        15,
+        31,
+        47,
+    ]

@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from exegete import metrics
+from exegete.errors import ConfigError, InputError, LLMError
+from exegete.examples.render import marks
+from exegete.llm.protocol import read_question
+from exegete.llm.scripted import ScriptedClient
+from exegete.scorers.detection import DetectionScorer
+from exegete.scorers.fuzzing import FuzzingScorer
+from exegete.scorers.judged import control_scores, own_scores
+from exegete.scorers.scorer import Scoring, scorers
+from exegete.types import Explanation, Judgement, LatentId, LLMReply, Score
+from exegete.views import Donor, LatentView
+
+LATENT = LatentId(coder="c", index=3)
+METRICS = {"balanced_accuracy", "sensitivity", "specificity", "f1"}
+
+
+def one(scorer: Any, explanation: Explanation, view: LatentView) -> Scoring:
+    (scoring,) = scorer.score([(explanation, view)])
+    assert isinstance(scoring, Scoring)
+    return scoring
+
+
+def pick(scoring: Scoring, metric: str = "balanced_accuracy", control: str = "none") -> Score:
+    (found,) = [s for s in scoring.scores if s.metric == metric and s.control == control]
+    return found
+
+
+def with_llm(view: LatentView, llm: Any) -> LatentView:
+    return LatentView(latent=view.latent, tokens=view.tokens, examples=view.examples, donors=view.donors, llm=llm)
+
+
+def judgement(truth: bool, prediction: bool | None, status: str = "ok") -> Judgement:
+    return Judgement(
+        row=0,
+        start=0,
+        document=0,
+        stratum="random",
+        truth=truth,
+        prediction=prediction,
+        status=status,  # type: ignore[arg-type]
+    )
+
+
+# -- scores from judgements ----------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_the_metrics_and_failures_are_counted_not_scored() -> None:
+    judged = [
+        *[judgement(True, True)] * 6,
+        *[judgement(True, False)] * 2,
+        *[judgement(False, False)] * 3,
+        judgement(False, True),
+        judgement(True, None, "failed"),
+        judgement(False, None, "unparsed"),
+        judgement(False, None, "refused"),
+    ]
+    found = {s.metric: s for s in own_scores("detection", LATENT, judged)}
+    assert set(found) == METRICS
+    assert found["sensitivity"].value == 6 / 8
+    assert found["specificity"].value == 3 / 4
+    assert found["balanced_accuracy"].value == pytest.approx((6 / 8 + 3 / 4) / 2)
+    assert found["f1"].value == pytest.approx(12 / 15)
+    for score in found.values():
+        assert (score.n_total, score.n_scored, score.n_failed) == (15, 12, 3)
+        assert (score.scorer, score.control, score.latent) == ("detection", "none", LATENT)
+    expected = metrics.balanced_accuracy([True] * 8 + [False] * 4, [True] * 6 + [False] * 5 + [True])
+    balanced = found["balanced_accuracy"]
+    assert (balanced.low, balanced.high, balanced.method) == (expected.low, expected.high, expected.method)
+
+
+def test_when_all_fails_there_is_a_count_and_no_value() -> None:
+    judged = [judgement(True, None, "failed"), judgement(False, None, "unparsed")]
+    for score in own_scores("fuzzing", LATENT, judged):
+        assert math.isnan(score.value)
+        assert (score.n_total, score.n_scored, score.n_failed) == (2, 0, 2)
+
+
+def donor(hits: int, rejected: int, failed: int = 0) -> list[Judgement]:
+    return [
+        *[judgement(True, i < hits) for i in range(10)],
+        *[judgement(False, i >= rejected) for i in range(10)],
+        *[judgement(True, None, "failed")] * failed,
+    ]
+
+
+def test_the_null_is_the_mean_over_donors_with_students_interval_over_them() -> None:
+    controls = [donor(5, 6), donor(4, 4, failed=2), donor(7, 5)]
+    found = {s.metric: s for s in control_scores("detection", LATENT, controls)}
+    values = [0.55, 0.4, 0.6]
+    score = found["balanced_accuracy"]
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert score.value == pytest.approx(np.mean(values))
+    assert (score.low, score.high) == (pytest.approx(low), pytest.approx(high))
+    assert (score.control, score.method) == ("other_latent", "t over 3 donors")
+    assert (score.n_total, score.n_scored, score.n_failed) == (62, 60, 2)
+    assert set(found) == METRICS
+
+
+def test_the_null_stays_within_0_and_1() -> None:
+    found = control_scores("detection", LATENT, [donor(10, 10), donor(9, 10), donor(0, 1)])
+    assert all(0.0 <= s.low <= s.value <= s.high <= 1.0 for s in found)
+
+
+@pytest.mark.parametrize("controls", [[], [donor(5, 5)], [donor(5, 5), [judgement(True, None, "failed")]]])
+def test_fewer_than_two_donors_make_no_null_and_say_so(controls: list[list[Judgement]]) -> None:
+    for score in control_scores("detection", LATENT, controls):
+        if score.metric == "balanced_accuracy":
+            assert math.isnan(score.value)
+            assert score.method == f"too few donors: {min(len(controls), 1)} of at least 2"
+        assert score.n_total == sum(map(len, controls))
+
+
+# -- with the executed rule ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["detection", "fuzzing"])
+def test_the_right_rule_scores_1_and_other_latents_rules_score_chance(world: Any, kind: str) -> None:
+    donors = (5, 6, 7, 8, 9)
+    view = world.view(3, donors=donors, n_fire=100, n_silent=100)
+    scoring = one(scorers.make(kind), world.explanation(3), view)
+    own = pick(scoring)
+    assert own.value == 1.0
+    assert (own.n_total, own.n_scored, own.n_failed) == (200, 200, 0)
+    assert own.scorer == kind
+    null = pick(scoring, control="other_latent")
+    assert null.n_total == 1000
+    assert null.low < null.value < null.high
+    assert abs(null.value - 0.5) < 0.1
+    assert len(scoring.judgements["none"]) == 200
+    assert len(scoring.judgements["other_latent"]) == 1000
+
+
+def test_the_null_is_judged_on_the_same_examples_by_the_donors_own_rules(world: Any) -> None:
+    view = world.view(3, donors=(5, 6, 7))
+    scoring = one(DetectionScorer(), world.explanation(3), view)
+    own = scoring.judgements["none"]
+    null = scoring.judgements["other_latent"]
+    by_place = {e.row: e for e in view.examples.part("test")}
+    for at, word in enumerate((5, 6, 7)):
+        part = null[at * len(own) : (at + 1) * len(own)]
+        assert [(j.row, j.truth) for j in part] == [(j.row, j.truth) for j in own]
+        assert [j.prediction for j in part] == [word in by_place[j.row].tokens for j in part]
+
+
+def test_donors_come_in_the_order_of_their_rank_and_failed_ones_are_left_out(world: Any) -> None:
+    view = world.view(3)
+    failed = Explanation(latent=LatentId(coder="c", index=8), text=None, status="unparsed", explainer={})
+    given = (
+        Donor(explanation=world.explanation(7), rank=2),
+        Donor(explanation=failed, rank=1),
+        Donor(explanation=world.explanation(5), rank=0),
+        Donor(explanation=world.explanation(6, program=False), rank=3),
+    )
+    view = LatentView(latent=view.latent, tokens=view.tokens, examples=view.examples, donors=given)
+    scoring = one(DetectionScorer(), world.explanation(3), view)
+    first = scoring.judgements["other_latent"][: len(scoring.judgements["none"])]
+    by_place = {e.row: e for e in view.examples.part("test")}
+    assert [j.prediction for j in first] == [5 in by_place[j.row].tokens for j in first]
+    assert len(scoring.judgements["other_latent"]) == 2 * len(first)
+
+
+def test_every_test_window_is_judged_once_in_an_order_that_carries_no_label(world: Any) -> None:
+    view = world.view(3, n_fire=50, n_silent=50)
+    judged = one(DetectionScorer(), world.explanation(3), view).judgements["none"]
+    assert sorted(j.row for j in judged) == sorted(e.row for e in view.examples.part("test"))
+    truth = np.array([j.truth for j in judged])
+    runs = 1 + int((truth[1:] != truth[:-1]).sum())
+    assert 35 < runs < 67  # 51 expected of a random order, 2 of one sorted by label
+    for j in judged:
+        (example,) = [e for e in view.examples.part("test") if e.row == j.row]
+        assert (j.truth, j.document, j.start, j.stratum) == (
+            example.fires,
+            example.document,
+            example.start,
+            example.stratum,
+        )
+    again = one(DetectionScorer(), world.explanation(3), view).judgements["none"]
+    assert again == judged
+    other = one(DetectionScorer(), world.explanation(3), world.view(3, n_fire=50, n_silent=50, seed=1))
+    assert [j.row for j in other.judgements["none"]] != [j.row for j in judged]
+
+
+def test_train_windows_are_never_judged(world: Any) -> None:
+    judged = one(FuzzingScorer(), world.explanation(3), world.view(3)).judgements["none"]
+    assert min(j.row for j in judged) >= 10
+
+
+def test_a_failed_explanation_gets_no_score(world: Any) -> None:
+    failed = Explanation(latent=LATENT, text=None, status="refused", explainer={})
+    for scorer in (DetectionScorer(), FuzzingScorer()):
+        scoring = one(scorer, failed, world.view(3, donors=(5, 6)))
+        assert scoring == Scoring(explanation=failed, scores=(), judgements={})
+
+
+def test_free_text_without_a_language_model_is_refused(world: Any) -> None:
+    with pytest.raises(InputError, match="--llm"):
+        one(DetectionScorer(), world.explanation(3, program=False), world.view(3))
+    with pytest.raises(InputError, match="--llm"):
+        one(DetectionScorer(judge="llm"), world.explanation(3), world.view(3))
+
+
+# -- fuzzing -----------------------------------------------------------------------------------------------------------------
+
+
+def test_fuzzing_marks_are_the_true_ones_or_a_firing_windows_whole_pattern(world: Any) -> None:
+    view = world.view(3, n_fire=20, n_silent=20)
+    questions = FuzzingScorer().questions(view)
+    patterns = {marks(q.example).tobytes() for q in questions if q.example.fires}
+    for q in questions:
+        if q.example.fires:
+            assert np.array_equal(q.item.marks, q.example.activations > 0.3 * q.example.maximum)
+        else:
+            assert q.item.marks.tobytes() in patterns
+    dealt = sorted(q.item.marks.tobytes() for q in questions if not q.example.fires)
+    assert dealt == sorted(q.item.marks.tobytes() for q in questions if q.example.fires)
+
+
+def test_silent_windows_are_not_all_marked_at_the_same_places(world: Any) -> None:
+    # papers: random.seed(22) inside the bracket routine
+    questions = FuzzingScorer().questions(world.view(3))
+    assert len({q.item.marks.tobytes() for q in questions if not q.example.fires}) > 5
+    others = FuzzingScorer().questions(world.view(3, seed=4))
+    assert [q.item.marks.tobytes() for q in others] != [q.item.marks.tobytes() for q in questions]
+
+
+def test_the_threshold_moves_marks_alone(world: Any) -> None:
+    view = world.view(3)
+    wide = {q.example.row: q.item.marks for q in FuzzingScorer(threshold=0.0).questions(view)}
+    narrow = {q.example.row: q.item.marks for q in FuzzingScorer(threshold=0.9).questions(view)}
+    firing = [e for e in view.examples.part("test") if e.fires]
+    assert all(np.array_equal(wide[e.row], e.activations > 0) for e in firing)
+    assert sum(narrow[e.row].sum() for e in firing) < sum(wide[e.row].sum() for e in firing)
+    for threshold in (0.0, 0.9):  # marks are firings at any threshold, so the right rule fits them all
+        assert pick(one(FuzzingScorer(threshold=threshold), world.explanation(3), view), "sensitivity").value == 1.0
+
+
+def test_a_latent_without_silent_windows_has_sensitivity_only(world: Any) -> None:
+    scoring = one(FuzzingScorer(), world.explanation(3), world.view(3, n_silent=0))
+    assert pick(scoring, "sensitivity").value == 1.0
+    assert math.isnan(pick(scoring).value)
+
+
+# -- with a language model -----------------------------------------------------------------------------------------------------
+
+
+def test_with_a_language_model_the_judge_is_the_language_model(world: Any) -> None:
+    client = ScriptedClient(lambda r: str([1] * len(read_question(r.messages).excerpts)))
+    view = with_llm(world.view(3, donors=(5, 6), n_fire=11, n_silent=12), client)
+    scoring = one(DetectionScorer(per_request=4), world.explanation(3), view)
+    assert pick(scoring).value == 0.5
+    assert pick(scoring, "sensitivity").value == 1.0
+    assert len(client.requests) == 3 * 6
+    assert pick(one(DetectionScorer(judge="rule"), world.explanation(3), view)).value == 1.0
+    assert len(client.requests) == 18
+
+
+def test_failed_batches_are_counted_in_score_and_null(world: Any) -> None:
+    def reply(request: Any) -> Any:
+        question = read_question(request.messages)
+        if len(question.excerpts) == 3:  # the short last batch of 23
+            return LLMReply(text=None, finish="error", error="HTTP 500")
+        return str([1, 0, 1, 0][: len(question.excerpts)])
+
+    view = with_llm(world.view(3, donors=(5, 6), n_fire=11, n_silent=12), ScriptedClient(reply))
+    scoring = one(DetectionScorer(per_request=4), world.explanation(3, program=False), view)
+    own, null = pick(scoring), pick(scoring, control="other_latent")
+    assert (own.n_total, own.n_scored, own.n_failed) == (23, 20, 3)
+    assert (null.n_total, null.n_scored, null.n_failed) == (46, 40, 6)
+    assert not math.isnan(own.value)
+    failed = [j for j in scoring.judgements["none"] if j.status == "failed"]
+    assert len(failed) == 3
+    assert all(j.prediction is None for j in failed)
+
+
+def test_an_unusable_server_stops_the_scoring(world: Any) -> None:
+    view = with_llm(world.view(3), ScriptedClient(lambda r: (_ for _ in ()).throw(LLMError("no such model"))))
+    with pytest.raises(LLMError, match="no such model"):
+        one(DetectionScorer(), world.explanation(3), view)
+
+
+def test_each_item_gets_its_own_scoring(world: Any) -> None:
+    pairs = [(world.explanation(word), world.view(word)) for word in range(3, 12)]
+    found = {s.explanation.latent: s for s in DetectionScorer().score(pairs, concurrency=2)}
+    assert set(found) == {e.latent for e, _ in pairs}
+    assert all(pick(s).value == 1.0 and pick(s).latent == latent for latent, s in found.items())
+    assert list(DetectionScorer().score([])) == []
+
+
+# -- specs ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scorer", [DetectionScorer(), DetectionScorer(judge="llm", per_request=3), FuzzingScorer(threshold=0.5)]
+)
+def test_a_spec_makes_the_same_scorer_again(scorer: Any) -> None:
+    again = scorers.from_spec(scorer.spec)
+    assert again.spec == scorer.spec
+    assert type(again) is type(scorer)
+
+
+def test_needs_name_a_language_model_only_when_it_must_judge() -> None:
+    assert DetectionScorer().needs == {"examples", "donors"}
+    assert FuzzingScorer(judge="rule").needs == {"examples", "donors"}
+    assert DetectionScorer(judge="llm").needs == {"examples", "donors", "llm"}
+
+
+@pytest.mark.parametrize(
+    "args", [{"judge": "coin"}, {"per_request": 0}, {"threshold": 1.0}, {"threshold": -0.1}, {"window": 3}]
+)
+def test_wrong_arguments_are_refused(args: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        scorers.make("fuzzing", args)

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exegete.errors import CorruptError, InputError
+from exegete.store import shards
+from exegete.store.shards import OpenShards, ShardBuilder, open_shard
+from exegete.types import Array
+
+WIDTH, LENGTH = 7, 4
+
+
+def build(dense: Array, *, row_start: int = 0, batch: int = 1) -> ShardBuilder:
+    """Make a shard of dense codes [rows, LENGTH, WIDTH], 0 for silence, in batches of rows."""
+    builder = ShardBuilder(row_start=row_start, row_length=LENGTH, width=WIDTH)
+    for start in range(0, len(dense), batch):
+        part = dense[start : start + batch].reshape(-1, WIDTH)
+        at, latents = np.nonzero(part)
+        builder.add((part > 0).sum(axis=1), latents, part[at, latents])
+    return builder
+
+
+def some(seed: int, rows: int = 5) -> Array:
+    rng = np.random.default_rng(seed)
+    dense: Array = rng.integers(1, 1 << 16, (rows, LENGTH, WIDTH)) * (rng.random((rows, LENGTH, WIDTH)) < 0.3)
+    return dense
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 3))
+def test_latents_hold_exactly_their_firings_in_order(seed: int, rows: int, batch: int) -> None:
+    dense = some(seed, rows)
+    offsets, positions, codes = build(dense, batch=batch).sorted_by_latent()
+    assert len(offsets) == WIDTH + 1
+    assert offsets[-1] == len(positions) == (dense > 0).sum()
+    for latent in range(WIDTH):
+        inside = slice(int(offsets[latent]), int(offsets[latent + 1]))
+        flat = dense[:, :, latent].reshape(-1)
+        assert positions[inside].tolist() == np.flatnonzero(flat).tolist()
+        assert codes[inside].tolist() == flat[flat > 0].tolist()
+
+
+def test_a_written_shard_reads_back_mapped_and_aligned(tmp_path: Path) -> None:
+    builder = build(some(1), row_start=40)
+    sha = builder.write(tmp_path / "a.bin")
+    shard = open_shard(tmp_path / "a.bin")
+    assert (shard.row_start, shard.n_rows, shard.row_length, shard.width) == (40, 5, LENGTH, WIDTH)
+    assert (shard.n_firings, shard.sha256) == (builder.n_firings, sha)
+    for mapped, made in zip((shard.offsets, shard.positions, shard.codes), builder.sorted_by_latent(), strict=True):
+        assert np.array_equal(mapped, made)
+        assert mapped.ctypes.data % 64 == 0
+        assert isinstance(mapped, np.memmap)
+        assert not mapped.flags.writeable
+    assert (tmp_path / "a.bin").stat().st_size % 64 == 0
+
+
+def test_a_shard_without_firings(tmp_path: Path) -> None:
+    build(np.zeros((2, LENGTH, WIDTH), np.int64)).write(tmp_path / "a.bin")
+    shard = open_shard(tmp_path / "a.bin")
+    assert (shard.n_rows, shard.n_firings) == (2, 0)
+    assert not shard.offsets.any()
+
+
+def test_the_same_rows_give_the_same_file_however_batched(tmp_path: Path) -> None:
+    dense = some(2, 6)
+    build(dense, batch=1).write(tmp_path / "a.bin")
+    build(dense, batch=4).write(tmp_path / "b.bin")
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+
+
+def test_every_flipped_byte_is_found_and_the_file_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    build(some(3)).write(path)
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptError, match=r"a\.bin"):
+            open_shard(path)
+
+
+def test_a_byte_flipped_after_a_first_good_look_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    build(some(3)).write(path)
+    open_shard(path)
+    damaged = bytearray(path.read_bytes())
+    damaged[-65] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(CorruptError, match=r"a\.bin"):
+        open_shard(path)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 60, 200, -64, -1])
+def test_a_shard_cut_short_or_missing_is_damaged(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "a.bin"
+    build(some(3)).write(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CorruptError, match=r"a\.bin"):
+        open_shard(path)
+    path.unlink()
+    with pytest.raises(CorruptError, match="missing"):
+        open_shard(path)
+
+
+def test_another_format_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "FORMAT", 2)
+    build(some(3)).write(tmp_path / "a.bin")
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="shard format 2, this version reads 1"):
+        open_shard(tmp_path / "a.bin")
+    assert struct.unpack_from("<I", (tmp_path / "a.bin").read_bytes(), 8) == (2,)
+
+
+def test_at_most_so_many_maps_are_open(tmp_path: Path) -> None:
+    sums = {f"{i}.bin": build(some(i), row_start=i).write(tmp_path / f"{i}.bin") for i in range(5)}
+    opened = OpenShards(tmp_path, limit=2)
+    for _ in range(2):
+        for i, (file, sha) in enumerate(sums.items()):
+            assert opened.get(file, sha).row_start == i
+            assert len(opened) <= 2
+    assert opened.get("4.bin", sums["4.bin"]) is opened.get("4.bin", sums["4.bin"])
+    with pytest.raises(CorruptError, match="not the shard its manifest lists"):
+        opened.get("0.bin", sums["1.bin"])
+
+
+def test_what_a_coder_must_not_say_is_refused() -> None:
+    builder = ShardBuilder(row_start=0, row_length=2, width=3)
+    for latents in ([3], [-1]):
+        with pytest.raises(InputError, match="latents lie in 0 … 2"):
+            builder.add(np.array([1, 0]), np.array(latents), np.array([5]))
+    for counts in ([1, 1], [1], [1, 0, 0]):
+        with pytest.raises(InputError, match="whole rows"):
+            builder.add(np.array(counts), np.array([0]), np.array([5]))
+
+
+def test_a_latent_listed_twice_at_one_position_is_refused() -> None:
+    builder = ShardBuilder(row_start=0, row_length=2, width=9)
+    builder.add(np.array([2, 2]), np.array([7, 8, 4, 4]), np.array([1, 1, 1, 1]))
+    with pytest.raises(InputError, match="latent 4 twice"):
+        builder.sorted_by_latent()
+
+
+def test_a_position_shared_by_neighbouring_latents_is_fine() -> None:
+    builder = ShardBuilder(row_start=0, row_length=2, width=9)
+    builder.add(np.array([0, 3]), np.array([5, 3, 4]), np.array([1, 2, 3]))
+    _, positions, codes = builder.sorted_by_latent()
+    assert positions.tolist() == [1, 1, 1]
+    assert codes.tolist() == [2, 3, 1]
+
+
+def test_a_shard_too_large_for_the_sort_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_FIRINGS", 9)
+    builder = ShardBuilder(row_start=0, row_length=2, width=9)
+    builder.add(np.zeros(8, int), np.zeros(0, int), np.zeros(0, int))
+    with pytest.raises(InputError, match=r"set a smaller collect\.shard_rows"):
+        builder.add(np.zeros(2, int), np.zeros(0, int), np.zeros(0, int))

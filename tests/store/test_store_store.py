@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exegete.config import CorpusConfig
+from exegete.errors import CorruptError, InputError, MismatchError, NotFoundError
+from exegete.store import store as module
+from exegete.store.corpus import Corpus, TextDocument, build_corpus
+from exegete.store.manifest import ShardEntry, StoreManifest, load_manifest, save_manifest
+from exegete.store.shards import ShardBuilder
+from exegete.store.stats import latent_stats, save_summary
+from exegete.store.store import Store
+from exegete.store.values import ENCODING, decode_values, encode_values
+from exegete.tokens import TokenTable
+from exegete.types import Array, LatentId
+
+WIDTH, LENGTH = 6, 8
+
+
+class LetterTokenizer:
+    """One token per character."""
+
+    is_fast = False
+    bos_token_id = 0
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(c) for c in text] for text in texts]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    table = TokenTable([bytes([i]) for i in range(128)], special=[0])
+    texts = ["abcabcabcabcabcab", "xyz" * 6, "q"]
+    documents = [TextDocument(key=t, text=t) for t in texts]
+    folder = tmp_path_factory.mktemp("run") / "corpus"
+    return build_corpus(folder, documents, LetterTokenizer(), CorpusConfig(row_length=LENGTH), table=table)
+
+
+def some(corpus: Corpus, seed: int = 0) -> Array:
+    """Return dense values [rows, LENGTH, WIDTH] that the encoding holds exactly; latent 2 is silent."""
+    rng = np.random.default_rng(seed)
+    values = np.exp2(rng.normal(0, 3, (len(corpus), LENGTH, WIDTH))).astype(np.float32)
+    values = decode_values(encode_values(values.reshape(-1))).reshape(values.shape)
+    keep = corpus.rows(slice(None)).mask[:, :, None] & (rng.random(values.shape) < 0.4)
+    keep[:, :, 2] = False
+    result: Array = np.where(keep, values, np.float32(0))
+    return result
+
+
+def save(folder: Path, corpus: Corpus, dense: Array, cuts: tuple[int, ...], *, complete: bool = True) -> Store:
+    mask = corpus.rows(slice(None)).mask
+    entries = []
+    for start, stop in zip((0, *cuts), (*cuts, len(dense)), strict=True):
+        builder = ShardBuilder(row_start=start, row_length=LENGTH, width=WIDTH)
+        part = dense[start:stop].reshape(-1, WIDTH)
+        at, latents = np.nonzero(part)
+        builder.add((part > 0).sum(axis=1), latents, encode_values(part[at, latents]))
+        sha = builder.write(folder / f"{start}.bin")
+        entries.append(
+            ShardEntry(
+                file=f"{start}.bin",
+                row_start=start,
+                row_stop=stop,
+                n_positions=int(mask[start:stop].sum()),
+                n_firings=builder.n_firings,
+                sha256=sha,
+            )
+        )
+    manifest = StoreManifest(
+        name="res",
+        subject="toy",
+        subject_hash="s",
+        tokenizer_hash="t",
+        coder_hash="c",
+        corpus_hash=corpus.hash,
+        corpus="../corpus",
+        hookpoint="layers.0",
+        side="output",
+        width=WIDTH,
+        k=None,
+        mask_policy=corpus.manifest.mask_policy,
+        batch_plan={"rows": 1, "row_length": LENGTH},
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        values=ENCODING,
+        versions={},
+        quality={"fvu": 0.5},
+        shards=tuple(entries),
+    )
+    if complete:
+        summary, content = Store(folder, manifest).scan()
+        save_summary(folder, summary)
+        manifest = dataclasses.replace(manifest, complete=True, content_hash=content)
+    save_manifest(folder, manifest)
+    return Store.open(folder)
+
+
+@pytest.mark.parametrize("cuts", [(), (3,), (1, 2, 5)])
+def test_every_latent_equals_the_dense_oracle(
+    corpus: Corpus, cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BLOCK", 20)
+    dense = some(corpus)
+    store = save(corpus.folder.parent / f"cut{len(cuts)}", corpus, dense, cuts)
+    assert store.corpus.hash == corpus.hash
+    block = store.block(0, WIDTH)
+    for latent in range(WIDTH):
+        rows, positions = np.nonzero(dense[:, :, latent])
+        for firings in (store.firings(latent), block[latent], store.block(latent, WIDTH)[0]):
+            assert firings.latent == LatentId(coder="res", index=latent)
+            assert firings.rows.tolist() == rows.tolist()
+            assert firings.positions.tolist() == positions.tolist()
+            assert firings.values.tolist() == dense[rows, positions, latent].tolist()
+            assert (firings.rows.dtype, firings.positions.dtype, firings.values.dtype) == (
+                np.int64,
+                np.int32,
+                np.float32,
+            )
+    assert store.counts.tolist() == (dense > 0).sum(axis=(0, 1)).tolist()
+    assert store.counts.dtype == np.int64
+    flat = dense.reshape(-1, WIDTH).astype(np.float64)
+    assert np.allclose(store.summary.totals, flat.sum(axis=0), rtol=1e-12)
+    assert np.allclose(store.summary.sum_squares, (flat**2).sum(axis=0), rtol=1e-12)
+    assert store.summary.maxima.tolist() == flat.max(axis=0).tolist()
+    assert store.block(3, 3) == []
+
+
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.sets(st.integers(1, 5)), block=st.integers(1, 60), seed=st.integers(0, 50))
+def test_cuts_and_blocks_do_not_change_the_content_hash(
+    corpus: Corpus, tmp_path_factory: pytest.TempPathFactory, cuts: set[int], block: int, seed: int
+) -> None:
+    dense = some(corpus, seed)
+    folder = tmp_path_factory.mktemp("any")
+    whole = save(folder / "whole", corpus, dense, ())
+    cut = save(folder / "cut", corpus, dense, tuple(sorted(cuts)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BLOCK", block)
+        assert cut.content_hash() == whole.manifest.content_hash == cut.manifest.content_hash
+        summary = cut.scan()[0]
+    for name in ("counts", "maxima", "totals", "sum_squares"):
+        assert getattr(summary, name).tolist() == getattr(whole.summary, name).tolist()
+
+
+def test_every_change_of_a_firing_changes_the_content_hash(corpus: Corpus, tmp_path: Path) -> None:
+    dense = some(corpus)
+    row, position = np.argwhere(dense[:, :, 1])[0]
+    value = dense[row, position, 1]
+    moved, louder, other = dense.copy(), dense.copy(), dense.copy()
+    moved[row, position, 1], moved[row, 0, 1] = 0, value
+    louder[row, position, 1] = value * np.float32(1.01)
+    other[row, position, 1], other[row, position, 2] = 0, value
+    kinds = enumerate((dense, moved, louder, other))
+    assert len({save(tmp_path / str(i), corpus, d, ()).content_hash() for i, d in kinds}) == 4
+
+
+def test_stats_equal_the_obvious_ones(corpus: Corpus, tmp_path: Path) -> None:
+    dense = some(corpus)
+    store = Store(tmp_path, save(tmp_path, corpus, dense, (2,)).manifest, corpus)
+    n_counted = int(corpus.rows(slice(None)).mask.sum())
+    for stats in store.stats():
+        own = dense[:, :, stats.latent.index]
+        fired = own[own > 0].astype(np.float64)
+        letters = [int(t) for t in corpus.tokens[own > 0]]
+        counts = {t: letters.count(t) for t in letters}
+        assert stats.count == len(fired)
+        assert stats.rate == len(fired) / n_counted
+        assert stats.maximum == (fired.max() if len(fired) else 0)
+        assert stats.mean == pytest.approx(fired.mean() if len(fired) else 0)
+        assert stats.sum_squares == pytest.approx((fired**2).sum())
+        assert list(stats.top_tokens) == sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:10]
+        shares = [c / len(letters) for c in counts.values()]
+        assert stats.token_entropy == pytest.approx(-sum(s * math.log2(s) for s in shares))
+        assert len(stats.edges) == len(stats.histogram) + 1
+        assert stats.histogram.tolist() == np.histogram(fired, stats.edges)[0].tolist() if len(fired) else True
+        assert stats.histogram.sum() == len(fired)
+        assert len(fired) == 0 or stats.histogram[0] > 0 < stats.histogram[-1]
+    assert [s.latent.index for s in store.stats([4, 1])] == [4, 1]
+    assert store.stats([2])[0].histogram.tolist() == []
+
+
+def test_stats_by_hand() -> None:
+    codes = encode_values(np.array([1.0, 1.5, 4.0, 0.5], np.float32))
+    stats = latent_stats(LatentId(coder="c", index=0), codes, np.array([7, 9, 7, 9]), n_positions=40, n_top=1)
+    assert (stats.count, stats.rate, stats.maximum, stats.mean, stats.sum_squares) == (4, 0.1, 4.0, 1.75, 19.5)
+    assert stats.edges.tolist() == [0.5, 1, 2, 4, 8]
+    assert stats.histogram.tolist() == [1, 2, 0, 1]
+    assert stats.top_tokens == ((7, 2),)
+    assert stats.token_entropy == 1.0
+
+
+def test_an_unfinished_store_holds_its_rows_so_far(corpus: Corpus, tmp_path: Path) -> None:
+    dense = some(corpus)[:4]
+    store = Store(tmp_path, save(tmp_path, corpus, dense, (2,), complete=False).manifest, corpus)
+    assert not (tmp_path / "summary.npz").exists()
+    assert store.counts.tolist() == store.summary.counts.tolist() == (dense > 0).sum(axis=(0, 1)).tolist()
+    assert store.stats([0])[0].rate == store.counts[0] / corpus.rows(slice(0, 4)).mask.sum()
+    assert store.manifest.row_stop == 4
+    empty = Store(tmp_path, dataclasses.replace(store.manifest, shards=()), corpus)
+    assert not empty.counts.any()
+    assert len(empty.firings(0)) == 0
+    assert empty.stats([0])[0].rate == 0.0
+
+
+def test_what_is_not_there_is_named(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="there is no store"):
+        Store.open(tmp_path)
+    store = save(tmp_path, corpus, some(corpus), ())
+    for index in (-1, WIDTH):
+        with pytest.raises(InputError, match="latents of res lie in 0 … 5"):
+            store.firings(index)
+        with pytest.raises(InputError, match="latents of res lie in 0 … 5"):
+            Store.open(tmp_path, corpus).stats([index])
+    with pytest.raises(NotFoundError, match="give it to Store"):
+        _ = store.corpus
+
+
+def test_another_corpus_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    manifest = save(tmp_path, corpus, some(corpus), ()).manifest
+    with pytest.raises(MismatchError, match="give the corpus of its run"):
+        Store(tmp_path, dataclasses.replace(manifest, corpus_hash="other"), corpus)
+
+
+@pytest.mark.parametrize(("name", "at"), [("0.bin", -70), ("manifest.json", 20), ("summary.npz", 80)])
+def test_a_flipped_byte_is_found_and_its_file_named(corpus: Corpus, tmp_path: Path, name: str, at: int) -> None:
+    save(tmp_path, corpus, some(corpus), (3,))
+    data = bytearray((tmp_path / name).read_bytes())
+    data[at] ^= 4
+    (tmp_path / name).write_bytes(data)
+
+    def read() -> None:
+        store = Store.open(tmp_path)
+        _ = store.firings(0), store.summary
+
+    with pytest.raises(CorruptError, match=name):
+        read()
+
+
+def test_a_summary_of_other_firings_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    other = save(tmp_path / "b", corpus, some(corpus, 1), ())
+    save(tmp_path / "a", corpus, some(corpus), ())
+    save_summary(tmp_path / "a", other.summary)
+    with pytest.raises(CorruptError, match="not that of this store"):
+        _ = Store.open(tmp_path / "a").summary
+    (tmp_path / "a" / "summary.npz").unlink()
+    with pytest.raises(NotFoundError, match=r"summary\.npz"):
+        _ = Store.open(tmp_path / "a").counts
+
+
+def test_manifests_round_trip_and_hostile_ones_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    manifest = save(tmp_path, corpus, some(corpus), (2, 3)).manifest
+    assert StoreManifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest == load_manifest(tmp_path)
+    assert (manifest.row_stop, manifest.n_positions) == (len(corpus), corpus.n_counted)
+    data = manifest.to_json()
+    with pytest.raises(CorruptError, match="does not parse"):
+        StoreManifest.from_json({**data, "more": 1})
+    with pytest.raises(CorruptError, match="do not join at row 2"):
+        StoreManifest.from_json({**data, "shards": [data["shards"][0], data["shards"][2]]})
+    with pytest.raises(InputError, match="cannot be used"):
+        StoreManifest.from_json({**data, "shards": [{**data["shards"][0], "file": "../../etc/passwd"}]})
+
+
+def test_reading_needs_neither_torch_nor_transformers_nor_scipy(corpus: Corpus) -> None:
+    save(corpus.folder.parent / "plain", corpus, some(corpus), ())
+    code = (
+        "import sys\n"
+        "sys.modules.update(torch=None, transformers=None, scipy=None, tokenizers=None)\n"
+        "from exegete.store import Store\n"
+        f"store = Store.open({str(corpus.folder.parent / 'plain')!r})\n"
+        "assert store.stats([0])[0].count == len(store.firings(0)) > 0\n"
+        "import exegete.collect\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
