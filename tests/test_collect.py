@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from exegete import collect
 from exegete.coders.coder import SparseCoder
 from exegete.collect import collect_firings
 from exegete.config import CollectConfig, CorpusConfig
@@ -23,6 +23,7 @@ from exegete.store.values import decode_values, encode_values
 from exegete.tokens import TokenTable
 from exegete.types import Array, Side, SparseCode
 
+MODULE = importlib.import_module("exegete.collect")
 D, WIDTH, K, LENGTH = 6, 20, 3, 8
 TABLE = TokenTable([bytes([i]) for i in range(128)], special=[0])
 
@@ -209,13 +210,13 @@ def test_shard_size_does_not_change_the_content(
 def test_shards_end_when_they_are_full(
     corpus: Corpus, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collect, "SHARD_FIRINGS", 60)
+    monkeypatch.setattr(MODULE, "SHARD_FIRINGS", 60)
     stores = collect_firings(ToySubject(), CODERS, corpus, tmp_path / "a", dataclasses.replace(CONFIG, shard_rows=None))
     assert hashes(stores) == expected
     for store in stores.values():
         assert len(store.manifest.shards) > 1
         assert all(shard.n_firings >= 60 for shard in store.manifest.shards[:-1])
-    monkeypatch.setattr(collect, "MOST_FIRINGS", 1)
+    monkeypatch.setattr(MODULE, "MOST_FIRINGS", 1)
     stores = collect_firings(ToySubject(), CODERS, corpus, tmp_path / "b", dataclasses.replace(CONFIG, shard_rows=100))
     assert hashes(stores) == expected
     assert len(stores["a"].manifest.shards) == 6
@@ -228,6 +229,7 @@ class Killed(BaseException):
 def test_stopped_at_every_fault_point_and_begun_again(
     corpus: Corpus, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)  # slow, and nothing here cuts the power
     coders = {"a": CODERS["a"], "bb@x": CODERS["bb@x"]}
     points: list[str] = []
     with fault_hook(points.append):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ def test_f1_interval_is_wilsons_of_the_jaccard_index() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
 def test_binary_metrics_are_sklearns(cases: list[tuple[bool, bool]]) -> None:
     truth, said = [t for t, _ in cases], [p for _, p in cases]
-    pairs = {
+    pairs: dict[Callable[..., Interval], Callable[[], Any]] = {
         metrics.sensitivity: lambda: oracle.recall_score(truth, said) if any(truth) else None,
         metrics.specificity: lambda: oracle.recall_score(truth, said, pos_label=False) if not all(truth) else None,
         metrics.precision: lambda: oracle.precision_score(truth, said) if any(said) else None,
@@ -138,9 +139,9 @@ def test_more_level_is_a_wider_interval_everywhere() -> None:
     rng = np.random.default_rng(0)
     truth, x, y = rng.random(60) < 0.5, rng.normal(size=60), rng.normal(size=60)
     x += truth
-    everything: list[Callable[[float], Interval]] = [
-        *(lambda level, f=f: f(truth, x > 0.3, level=level) for f in BINARY),  # type: ignore[misc]
-        *(lambda level, f=f: f(truth, x, level=level) for f in (metrics.auroc, metrics.average_precision)),  # type: ignore[misc]
+    everything: list[Callable[..., Interval]] = [
+        *(partial(f, truth, x > 0.3) for f in BINARY),
+        *(partial(f, truth, x) for f in (metrics.auroc, metrics.average_precision)),
         lambda level: metrics.pearson(x, y, level=level),
         lambda level: metrics.median_interval(x, level=level),
         lambda level: metrics.mean_interval(x, level=level),
@@ -150,7 +151,7 @@ def test_more_level_is_a_wider_interval_everywhere() -> None:
         lambda level: metrics.share_of_ties(np.where(truth, 0.5, x), level=level),
     ]
     for metric in everything:
-        narrow, default, wide = metric(0.5), metric(0.95), metric(0.999)
+        narrow, default, wide = metric(level=0.5), metric(level=0.95), metric(level=0.999)
         assert narrow.value == default.value == wide.value
         assert wide.low < default.low < narrow.low <= narrow.value <= narrow.high < default.high < wide.high
 

@@ -89,50 +89,33 @@ def test_running_again_does_nothing_again(whole: Run, toy_folder: Path) -> None:
     assert not any("shard" in name or "tokens" in name for name in seen), "collected again"
 
 
-def test_stopping_at_every_point_in_turn_changes_nothing(toy_folder: Path, tmp_path: Path) -> None:
-    """Each attempt goes one point further than the last that began from the same files, until one ends."""
-
-    class Stop(BaseException):
-        pass
-
+def test_a_stop_at_any_point_changes_nothing(toy_folder: Path, tmp_path: Path) -> None:
+    """At every flush, rename and commit of a whole run its files are copied as a kill would leave them, and resumed."""
     settings = config(toy_folder, nulls=[], hookpoints=["layers.0"], latents={"count": 2})
     prepared = prepare(settings)
-    reference = fingerprint(finish(settings, prepared, tmp_path / "whole"))
-    folder = tmp_path / "run"
-    reached: dict[str, int] = {}
-    stopped: set[str] = set()
-    attempts = 0
-    while True:
-        begun_from = listing(folder)
-        allowed = reached.get(begun_from, 0)
-        passed = 0
+    images: dict[str, tuple[str, Path]] = {}
 
-        def hook(name: str, allowed: int = allowed) -> None:
-            nonlocal passed
-            passed += 1
-            if passed > allowed:
-                stopped.add(name)
-                raise Stop
+    def photograph(name: str) -> None:
+        state = listing(tmp_path / "run")
+        if state not in images:
+            images[state] = (name, tmp_path / f"image-{len(images)}")
+            shutil.copytree(tmp_path / "run", images[state][1])
 
-        try:
-            with fault_hook(hook):
-                finish(settings, prepared, folder)
-            break
-        except Stop:
-            reached[begun_from] = passed
-        attempts += 1
-        assert attempts < 600, "the run does not get on"
-    assert attempts > 40
-    for point in ("tokens.npy", "shard-", "manifest.json", "config.yaml", "commit results", "index.html"):
-        assert any(point in name for name in stopped), f"never stopped at {point}"
-    assert fingerprint(open_run(folder)) == reference
+    with fault_hook(photograph):
+        reference = fingerprint(finish(settings, prepared, tmp_path / "run"))
+    points = {name for name, _ in images.values()}
+    for part in ("tokens.npy", "shard-", "manifest.json", "config.yaml", "commit results", "index.html"):
+        assert any(part in name for name in points), f"no stop at {part}"
+    assert len(images) > 40
+    for name, image in images.values():
+        assert fingerprint(finish(settings, prepared, image)) == reference, f"after a stop at {name}"
 
 
 def listing(folder: Path) -> str:
-    """Name every file with its contents, but for locks and the temporaries of a stopped attempt."""
+    """Identify the state of a folder: every file with its contents, but for locks."""
     found = []
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "lock" and not path.name.endswith((".tmp", "-shm")):
+        if path.is_file() and path.name != "lock" and not path.name.endswith("-shm"):
             found.append((str(path.relative_to(folder)), hash_file(path)))
     return hash_json(found)
 

@@ -36,7 +36,7 @@ ORDER = [
     {"run"},
     {"status", "pipeline"},
     {"api"},
-    {"testing", "cli"},
+    {"testing", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 NO_TORCH = ("examples", "rules", "results", "analysis", "metrics", "store", "types", "views", "cli", "run", "pipeline")

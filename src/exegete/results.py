@@ -77,6 +77,7 @@ class Results:
         self._database = database
         self.path = path
         self._depth = 0
+        self._reading = False
 
     @classmethod
     def open(cls, path: Path, *, readonly: bool = False) -> Results:
@@ -127,8 +128,10 @@ class Results:
     def transaction(self) -> Iterator[None]:
         """Commit everything written inside together, or nothing of it. Inner transactions join the outer one.
 
-        Raises BusyError when another process keeps the database locked.
+        Raises BusyError when another process keeps the database locked, InputError when it cannot be written.
         """
+        if self._reading:
+            raise InputError(f"{self.path}: nothing can be written inside a snapshot")
         if self._depth:
             self._depth += 1
             try:
@@ -156,15 +159,15 @@ class Results:
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
         """Read one state of the database inside, whatever a writer commits meanwhile."""
-        if self._depth:
+        if self._depth or self._reading:
             yield
             return
         self._database.execute("BEGIN")
-        self._depth = 1
+        self._reading = True
         try:
             yield
         finally:
-            self._depth = 0
+            self._reading = False
             self._database.execute("ROLLBACK")
 
     # ---------------------------------------------------------------- writing

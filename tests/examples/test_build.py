@@ -238,7 +238,7 @@ def test_dead_and_scarce_latents_are_skipped_with_counts(store: Any) -> None:
     data = opened(store)
     dead = LatentId(coder="toy", index=2)
     assert select(data, 2, config=SMALL) == Skipped(latent=dead, stage="select", reason="dead", have=0, need=1)
-    tiled = {split: data.frame(split, 8, 0)[0] for split in ("train", "test")}  # type: ignore[arg-type]
+    tiled = {split: data.frame(split, 8, 0)[0] for split in ("train", "test")}
 
     def firing(n_train: int, n_test: int) -> ExampleSet | Skipped:
         rows = np.concatenate(
@@ -378,3 +378,7 @@ def test_parts_that_do_not_fit_are_refused(store: Any) -> None:
     with pytest.raises(InputError, match="no test row holds a window of 40 tokens"):
         select(StoreData(store, kept), 0, config=dataclasses.replace(SMALL, window=40))
     assert len(short.frame("train", 40, 0)[0])
+
+
+def test_a_set_knows_what_its_tokens_stand_for(store: Any) -> None:
+    assert chosen(select(opened(store), 0, config=SMALL)).table is store.corpus.table

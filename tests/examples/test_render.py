@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from exegete.examples.render import (
 )
 from exegete.metrics import auroc
 from exegete.tokens import TokenTable
-from exegete.types import Example
+from exegete.types import Array, Example
 
 WORDS = TokenTable([b"<s>", b"The", b" cat", b" sat", b" on", b" a << b", b">", b"<", b"\\"], special=[0])
 EURO = "€".encode()  # three bytes
@@ -41,22 +42,26 @@ def example(activations: list[float], tokens: list[int] | None = None, start: in
     )
 
 
+def rendered(tokens: Sequence[int] | Array, shown: Sequence[int] | Array, table: TokenTable) -> str:
+    return render_marked(tokens, np.asarray(shown, dtype=bool), table)
+
+
 def test_adjacent_marks_share_one_pair() -> None:
-    assert render_marked([1, 2, 3, 4], [1, 0, 1, 1], WORDS) == "<<The>> cat<< sat on>>"
-    assert render_marked(np.array([1, 2], np.uint32), np.array([False, True]), WORDS) == "The<< cat>>"
-    assert render_marked([1, 2], [0, 0], WORDS) == "The cat"
-    assert render_marked([1, 2], [1, 1], WORDS) == "<<The cat>>"
-    assert render_marked([], [], WORDS) == ""
+    assert rendered([1, 2, 3, 4], [1, 0, 1, 1], WORDS) == "<<The>> cat<< sat on>>"
+    assert rendered(np.array([1, 2], np.uint32), np.array([False, True]), WORDS) == "The<< cat>>"
+    assert rendered([1, 2], [0, 0], WORDS) == "The cat"
+    assert rendered([1, 2], [1, 1], WORDS) == "<<The cat>>"
+    assert rendered([], [], WORDS) == ""
     assert render_plain([0, 1, 2], WORDS) == "The cat"
     assert render_plain([], WORDS) == ""
     with pytest.raises(InputError, match="2 tokens and 1 marks"):
-        render_marked([1, 2], [1], WORDS)
+        rendered([1, 2], [1], WORDS)
 
 
 def test_special_tokens_show_no_mark_and_separate_nothing() -> None:
-    assert render_marked([0, 1], [1, 0], WORDS) == "The"
-    assert render_marked([1, 0, 2], [1, 0, 1], WORDS) == "<<The cat>>"
-    assert render_marked([0], [1], WORDS) == ""
+    assert rendered([0, 1], [1, 0], WORDS) == "The"
+    assert rendered([1, 0, 2], [1, 0, 1], WORDS) == "<<The cat>>"
+    assert rendered([0], [1], WORDS) == ""
 
 
 def test_a_character_that_spans_tokens_stays_whole() -> None:
@@ -64,25 +69,25 @@ def test_a_character_that_spans_tokens_stays_whole() -> None:
     whole = [0, 1, 2, 3, 4]
     for only in (1, 2, 3):
         shown = [i == only for i in range(5)]
-        assert render_marked(whole, shown, table) == "a<<€>>z"
-    assert render_marked(whole, [1, 0, 0, 0, 0], table) == "<<a>>€z"
-    assert render_marked(whole, [0, 0, 0, 0, 1], table) == "a€<<z>>"
-    assert render_marked([1, 5, 2, 3, 4], [1, 0, 0, 0, 0], table) == "<<€>>z"
-    assert render_marked([6, 2, 3], [1, 0, 0], table) == "<<x>>€"
-    assert render_marked([0, 1], [0, 1], table) == "a<<\ufffd>>"
-    shown = render_for_explainer(example([0, 4, 2, 0, 1], whole), 4.0, table)
-    assert shown == ("a<<€>>z", [("€", 10)])
+        assert rendered(whole, shown, table) == "a<<€>>z"
+    assert rendered(whole, [1, 0, 0, 0, 0], table) == "<<a>>€z"
+    assert rendered(whole, [0, 0, 0, 0, 1], table) == "a€<<z>>"
+    assert rendered([1, 5, 2, 3, 4], [1, 0, 0, 0, 0], table) == "<<€>>z"
+    assert rendered([6, 2, 3], [1, 0, 0], table) == "<<x>>€"
+    assert rendered([0, 1], [0, 1], table) == "a<<\ufffd>>"
+    told = render_for_explainer(example([0, 4, 2, 0, 1], whole), 4.0, table)
+    assert told == ("a<<€>>z", [("€", 10)])
 
 
 def test_what_the_text_itself_says_is_no_mark() -> None:
-    assert render_marked([1, 5], [0, 0], WORDS) == r"The a \<\< b"
-    assert render_marked([5, 2], [0, 1], WORDS) == r" a \<\< b<< cat>>"
-    assert render_marked([7, 1, 6], [0, 1, 0], WORDS) == r"\<<<The>>\>"
-    assert render_marked([8, 1], [0, 1], WORDS) == r"\\<<The>>"
-    assert render_marked([8, 1], [1, 0], WORDS) == r"<<\\>>The"
-    assert render_marked([1, 8], [1, 0], WORDS) == "<<The>>\\"
+    assert rendered([1, 5], [0, 0], WORDS) == r"The a \<\< b"
+    assert rendered([5, 2], [0, 1], WORDS) == r" a \<\< b<< cat>>"
+    assert rendered([7, 1, 6], [0, 1, 0], WORDS) == r"\<<<The>>\>"
+    assert rendered([8, 1], [0, 1], WORDS) == r"\\<<The>>"
+    assert rendered([8, 1], [1, 0], WORDS) == r"<<\\>>The"
+    assert rendered([1, 8], [1, 0], WORDS) == "<<The>>\\"
     free = TokenTable([b"if a < b and c->d: print('\\n')"])
-    assert render_marked([0], [0], free) == "if a < b and c->d: print('\\n')"
+    assert rendered([0], [0], free) == "if a < b and c->d: print('\\n')"
 
 
 PIECES = st.lists(st.tuples(st.text(alphabet="<>\\ab ", min_size=1, max_size=5), st.booleans()), max_size=8)
@@ -91,7 +96,7 @@ PIECES = st.lists(st.tuples(st.text(alphabet="<>\\ab ", min_size=1, max_size=5),
 @given(PIECES)
 def test_marked_text_can_be_read_back(pieces: list[tuple[str, bool]]) -> None:
     table = TokenTable([text.encode() for text, _ in pieces])
-    text = render_marked(range(len(pieces)), [m for _, m in pieces], table)
+    text = rendered(range(len(pieces)), [m for _, m in pieces], table)
     merged: list[tuple[str, bool]] = []
     for part, marked in pieces:
         if merged and merged[-1][1] == marked:

@@ -128,7 +128,7 @@ def test_deciles_are_equal_parts_strongest_first(n: int) -> None:
 
 def test_allocation_by_hand() -> None:
     def given_(n: int, sizes: list[int]) -> list[int]:
-        return allocate(n, np.array(sizes)).tolist()
+        return [int(share) for share in allocate(n, np.array(sizes))]
 
     assert given_(40, [100] * 10) == [4] * 10
     assert given_(43, [100] * 10) == [5, 5, 5, *[4] * 7]

@@ -96,7 +96,8 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     assert not rows.mask[:, 0].any()
     assert corpus.row_lengths.tolist() == [8, 4, 2]
     assert corpus.row_documents.tolist() == [0, 0, 1]
-    assert (corpus.row_documents.dtype, corpus.row_lengths.dtype) == (np.int32, np.int32)
+    assert corpus.row_documents.dtype == np.int32
+    assert corpus.row_lengths.dtype == np.int32
     assert (corpus.n_rows, corpus.n_tokens, corpus.n_counted, corpus.row_length) == (3, 11, 11, 8)
     assert [(d.key, d.split, d.n_bytes) for d in corpus.documents] == [("d0", None, 12), ("d2", None, 1)]
 
@@ -151,7 +152,7 @@ def test_truncation_and_padding_of_the_users_tokenizer_do_not_reach_the_corpus(t
     tokenizer.backend_tokenizer.enable_padding(length=30)
     assert tokenizer_hash(tokenizer) == before != tokenizer_hash(FastTokenizer(merges=False))
     assert make(tmp_path, docs("abcdefghijk"), tokenizer=tokenizer).n_tokens == 11
-    assert tokenizer.backend_tokenizer.truncation["max_length"] == 2
+    assert len(tokenizer.backend_tokenizer.encode("abc").ids) == 30 > 2
     assert not tokenizer.backend_tokenizer.encode_special_tokens
 
 
@@ -322,7 +323,8 @@ class Killed(BaseException):
     """Not an Exception: nothing may catch it on the way out."""
 
 
-def test_stopped_at_every_fault_point_and_begun_again(tmp_path: Path) -> None:
+def test_stopped_at_every_fault_point_and_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)  # slow, and nothing here cuts the power
     points: list[str] = []
     with fault_hook(points.append):
         whole = make(tmp_path / "whole", docs("abcdefghijk", "lm"))

@@ -126,11 +126,9 @@ def test_every_latent_equals_the_dense_oracle(
             assert firings.rows.tolist() == rows.tolist()
             assert firings.positions.tolist() == positions.tolist()
             assert firings.values.tolist() == dense[rows, positions, latent].tolist()
-            assert (firings.rows.dtype, firings.positions.dtype, firings.values.dtype) == (
-                np.int64,
-                np.int32,
-                np.float32,
-            )
+            assert firings.rows.dtype == np.int64
+            assert firings.positions.dtype == np.int32
+            assert firings.values.dtype == np.float32
     assert store.counts.tolist() == (dense > 0).sum(axis=(0, 1)).tolist()
     assert store.counts.dtype == np.int64
     flat = dense.reshape(-1, WIDTH).astype(np.float64)

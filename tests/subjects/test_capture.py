@@ -56,9 +56,7 @@ CONFIGS: dict[str, tuple[Any, str, str]] = {
 @pytest.fixture(scope="module")
 def subjects() -> dict[str, Subject]:
     tokenizer = toy_tokenizer()
-    return {
-        name: Subject(toy_model(config, seed=3), tokenizer, name=name) for name, (config, _, _) in CONFIGS.items()
-    }
+    return {name: Subject(toy_model(config, seed=3), tokenizer, name=name) for name, (config, _, _) in CONFIGS.items()}
 
 
 def tokens(rows: int = 2, length: int = 7) -> torch.Tensor:

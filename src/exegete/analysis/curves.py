@@ -52,6 +52,12 @@ def judged_curves(
     return tuple(curves)
 
 
+def stratum_text(name: str) -> str:
+    """Return a stratum's name for people: ``decile_0``, the strongest, is decile 1."""
+    found = re.fullmatch(r"decile_(\d+)", name)
+    return f"decile {int(found[1]) + 1}" if found else name.replace("_", " ")
+
+
 def stratum_order(name: str) -> tuple[str, int, str]:
     """Return a key that sorts decile_2 before decile_10."""
     found = re.fullmatch(r"(.*?)(\d+)", name)

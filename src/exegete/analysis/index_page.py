@@ -9,6 +9,7 @@ from typing import Any, final
 
 import numpy as np
 
+from exegete.analysis.curves import stratum_text
 from exegete.analysis.plots import Dot, Line, Strip, comparison, curves, differences, dots, histogram
 from exegete.analysis.rendering import direction, flattened, raw
 from exegete.analysis.shapes import (
@@ -67,7 +68,7 @@ def index_context(
         "cards": _cards(meta, summary),
         "coders": summary.coders,
         "scorer_rows": _scorer_rows(summary),
-        "histograms": [g for g in (_histograms(results, c, e) for c, e in groups) if g.figures],
+        "histograms": [g for g in (_histograms(results, c, e) for c, e in own) if g.figures],
         "curve_groups": [g for g in (_curves(c, e) for c, e in own) if g.figures],
         "executed_groups": [g for g in (_executed_figures(c, e) for c, e in own) if g.figures],
         "executed_rows": _executed_rows(summary),
@@ -108,12 +109,16 @@ def _claims(contrasts: Sequence[Contrast]) -> list[dict[str, str]]:
         ways = [direction(c.difference) for c in mine]
         above, below = ways.count("above"), ways.count("below")
         text = (
-            f"Against {_CONTROL[role]}, the {_quantity(quantity)} of trained coders is higher on {above} of {len(mine)}, "
-            f"lower on {below}, and not told apart on {len(mine) - above - below}."
+            f"{_upper(_quantity(quantity))}, against {_CONTROL[role]}: higher on {above} of {len(mine)} trained "
+            f"coders, lower on {below}, not told apart on {len(mine) - above - below}."
         )
         whole = "above" if above == len(mine) else "below" if below > above else ""
         claims.append({"text": text, "direction": whole})
     return claims
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _claim(c: Contrast) -> dict[str, str]:
@@ -277,7 +282,7 @@ def _curves(coder: CoderSummary, explainer: ExplainerSummary) -> _Group:
             missing = Interval(value=math.nan, low=math.nan, high=math.nan, method="", n=0)
             style, label = ("r-trained", "own explanation") if curve.control == "none" else ("null", "other latents’")
             lines.append(Line(label=label, style=style, points=tuple(points.get(n, missing) for n in names)))
-        places = [str(int(n[7:]) + 1) if n.startswith("decile_") else n.replace("_", " ") for n in names]
+        places = [stratum_text(n).removeprefix("decile ") for n in names]
         svg = curves(lines, places, "decile of firing windows, 1 the strongest")
         figures.append(_figure(f"{s.scorer.capitalize()}: sensitivity", svg, _specificity_words(s), s.judge))
     if explainer.mass:
@@ -291,7 +296,7 @@ def _curves(coder: CoderSummary, explainer: ExplainerSummary) -> _Group:
 
 def _specificity_words(s: ScorerSummary) -> str:
     words = [
-        f"{name.replace('_', ' ')} {bracket(interval)}"
+        f"{stratum_text(name)} {bracket(interval)}"
         for curve in s.curves
         if not curve.truth and curve.control == "none"
         for name, _, interval in curve.points

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from exegete.analysis.curves import stratum_text
 from exegete.analysis.plots import Line, curves, firing_histogram, interval_bar
 from exegete.analysis.rendering import raw
 from exegete.analysis.shapes import BASELINES, NULL, ROLE_TEXT, split_name
@@ -77,7 +78,7 @@ def _explained(
         "mass": raw(curves(covered, [str(d + 1) for d in sorted(mass)], "decile, 1 the strongest")) if mass else None,
         "program": None
         if explanation.program is None
-        else json.dumps(explanation.program, indent=1, sort_keys=True, ensure_ascii=True),
+        else json.dumps(explanation.program, sort_keys=True, ensure_ascii=True),
     }
 
 
@@ -86,7 +87,8 @@ def _score_row(score: Score, null: Score | None) -> dict[str, Any]:
     beside = None if null is None else _interval(null)
     return {
         "scorer": "no rule" if baseline else score.scorer,
-        "metric": f"AUPRC, {BASELINES.get(score.metric, score.metric)}" if baseline else score.metric.replace("_", " "),
+        "metric": f"AUPRC, {BASELINES.get(score.metric, score.metric)}" if baseline else _metric(score.metric),
+        "tiny": score.metric == "base_rate",
         "score": _interval(score),
         "null": beside,
         "lift": score.value - beside.value if beside else math.nan,
@@ -95,6 +97,10 @@ def _score_row(score: Score, null: Score | None) -> dict[str, Any]:
         "n_failed": score.n_failed,
         "method": score.method,
     }
+
+
+def _metric(name: str) -> str:
+    return {"auprc": "AUPRC", "f1": "F1", "pearson": "Pearson"}.get(name, name.replace("_", " "))
 
 
 def _interval(score: Score) -> Interval:
@@ -169,7 +175,8 @@ def _is_wrong(judgement: Judgement) -> bool:
 
 
 def _window(example: Example, maximum: float, judged: Judged, table: TokenTable) -> dict[str, Any]:
-    strength = f"{example.maximum:.2f} · {example.stratum.replace('_', ' ')}" if example.fires else example.stratum
+    stratum = stratum_text(example.stratum)
+    strength = f"{example.maximum:.2f} · {stratum}" if example.fires else stratum
     return {
         "parts": _parts(example, maximum, table),
         "marks": [_mark(scorer, j) for scorer, j in judged.get((example.row, example.start), ())],

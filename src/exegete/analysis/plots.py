@@ -87,15 +87,17 @@ def differences(rows: Sequence[tuple[str, str, Mapping[str, Interval]]], quantit
     left, gap, row, top, panel = 200.0, 26.0, 24.0, 26.0, 215.0
     width, height = left + len(quantities) * (panel + gap), top + row * len(rows) + 26
     parts = [
-        f'<text class="label" x="{left - 12}" y="{top + row * (i + 0.5) + 4:.1f}" text-anchor="end">{_esc(label)}</text>'
+        f'<text class="label" x="{left - 12}" y="{top + row * (i + 0.5) + 4:.1f}" text-anchor="end">'
+        f"{_esc(label)}</text>"
         for i, (label, _, _) in enumerate(rows)
     ]
     for p, quantity in enumerate(quantities):
         start = left + p * (panel + gap)
         known = [found[quantity] for _, _, found in rows if quantity in found]
-        ends = [abs(v) for i in known for v in (i.value, i.low, i.high) if math.isfinite(v)]
-        reach = math.ceil(max([0.1, *ends]) * 10) / 10
-        axis = _Axis((-reach, reach), start, start + panel)
+        ends = [v for i in known for v in (i.value, i.low, i.high) if math.isfinite(v)]
+        low, high = min([-0.05, *ends]), max([0.05, *ends])
+        pad = 0.06 * (high - low)
+        axis = _Axis((low - pad, high + pad), start, start + panel)
         parts.append(f'<text class="value" x="{start:.1f}" y="14">{_esc(quantity)}</text>')
         parts.append(axis.grid(top, height - 22, labels_at=height - 8))
         parts.append(f'<line class="chance" x1="{axis(0):.1f}" x2="{axis(0):.1f}" y1="{top}" y2="{height - 22:.1f}"/>')
@@ -108,7 +110,7 @@ def differences(rows: Sequence[tuple[str, str, Mapping[str, Interval]]], quantit
 
 def histogram(values: Floats, nulls: Floats, median: Interval, null_median: Interval, role: str) -> str:
     """Return the distribution of a score over latents with that of its null behind it, over 0…1."""
-    width, height, left, top, bottom = 330.0, 168.0, 34.0, 12.0, 30.0
+    width, height, left, top, bottom = 440.0, 200.0, 34.0, 12.0, 30.0
     axis = _Axis((0.0, 1.0), left, width - 10)
     ours, theirs = _counts(values, (0.0, 1.0), 25), _counts(nulls, (0.0, 1.0), 25)
     tallest = max(int(ours.max()), int(theirs.max()), 1)
@@ -187,7 +189,7 @@ def curves(lines: Sequence[Line], places: Sequence[str], axis_label: str) -> str
 
 def dots(rows: Sequence[Dot], reference: float | None, reference_label: str) -> str:
     """Return one labelled row per value over 0…1, with intervals and a reference line (the base rate)."""
-    width, left, row, top = 400.0, 142.0, 25.0, 8.0
+    width, left, row, top = 400.0, 164.0, 25.0, 8.0
     height = top + row * len(rows) + 26
     axis = _Axis((0.0, 1.0), left, width - 44)
     parts = [axis.grid(top, height - 22, labels_at=height - 8)]
@@ -288,7 +290,9 @@ class _Axis:
         for tick in self.ticks():
             x = self(tick)
             parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{labels_at:.1f}" text-anchor="middle">{tick:g}</text>')
+            parts.append(
+                f'<text class="tick" x="{x:.1f}" y="{labels_at:.1f}" text-anchor="middle">{_tick(tick)}</text>'
+            )
         return "".join(parts)
 
 
@@ -332,6 +336,10 @@ def _whisker(axis: _Axis, y: float, interval: Interval, style: str, shape: str, 
         f"<g><title>{_esc(f'{label}: {bracket(interval)}')}</title>"
         f'<line class="whisker {style}" x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>{mark}</g>'
     )
+
+
+def _tick(value: float) -> str:
+    return f"{value:.10g}".replace("-", "−")
 
 
 def _count(count: int) -> str:

@@ -15,10 +15,10 @@ ROLE_TEXT = {"trained": "trained", "random-coder": "random coder", "random-subje
 JUDGED_METRICS = ("sensitivity", "specificity", "f1")
 EXECUTED_METRICS = ("auprc", "precision", "recall", "f1", "pearson", "base_rate")
 BASELINES = {
+    "auprc_bigram": "smoothed bigram table",
     "auprc_token": "best single token",
     "auprc_token_set": "best 12-token set",
     "auprc_unigram": "graded unigram",
-    "auprc_bigram": "smoothed bigram table",
 }
 THIRDS = ("rarest third", "middle third", "most frequent third")
 

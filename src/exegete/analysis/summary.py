@@ -22,6 +22,7 @@ from exegete.analysis.shapes import (
     HEADLINE,
     JUDGED_METRICS,
     NULL,
+    ROLES,
     THIRDS,
     CoderSummary,
     Contrast,
@@ -46,7 +47,7 @@ def summarise(results: Results) -> RunSummary:
     """Return the numbers of a run, read from one state of its database."""
     with results.snapshot():
         latents = _Latents(results)
-        names = results.coders()
+        names = sorted(results.coders(), key=lambda n: (split_name(n)[0], ROLES.index(split_name(n)[1])))
         coders = tuple(_coder(results, latents, name) for name in names)
         contrasts = tuple(
             contrast

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, final
 
 Side = Literal["train", "held_out", "excluded"]
 
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "lib-dynload"})
 
 
+@final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFile:
     """One standard-library source file.

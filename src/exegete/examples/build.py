@@ -256,6 +256,7 @@ class _Job:
                 firing_rate=plan.firing_rate,
                 frame=len(self._test),
                 seed=self._seed,
+                table=self._data.tokens,
             )
             for plan in plans
         ]

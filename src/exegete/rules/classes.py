@@ -69,8 +69,9 @@ class Vocabulary:
     """What rules need to know of every token id, worked out once per token table.
 
     ``classes`` [ids] uint32, one bit per name in ``CLASS_BITS``; ``joins`` and ``ends`` [ids] bool: the text begins
-    with, or ends in, a letter or underscore; ``newline`` [ids] bool; ``ids`` maps the bytes of a token to its id where
-    no other token has the same bytes and the token is not special or empty.
+    with, or ends in, a letter or underscore; ``breaks`` [ids] bool: a line begins after the token (it has a line break,
+    or is special); ``ids`` maps the bytes of a token to its id where no other token has the same bytes and the token is
+    not special or empty.
     """
 
     def __init__(self, table: TokenTable) -> None:
@@ -78,19 +79,18 @@ class Vocabulary:
         self.classes: Array = np.zeros(self.size, np.uint32)
         self.joins: Array = np.zeros(self.size, bool)
         self.ends: Array = np.zeros(self.size, bool)
-        self.newline: Array = np.zeros(self.size, bool)
-        self.special: Array = np.zeros(self.size, bool)
+        self.breaks: Array = np.zeros(self.size, bool)
         for token, text in enumerate(table.texts):
             if token in table.special:
                 self.classes[token] = 1 << CLASS_BITS["special"]
-                self.special[token] = True
+                self.breaks[token] = True
                 continue
             word = text.lstrip(" ")
             bits = sum(1 << CLASS_BITS[name] for name, holds in _PREDICATES.items() if holds(text, word))
             self.classes[token] = bits
             self.joins[token] = bool(text) and _is_letter(text[0])
             self.ends[token] = bool(text) and _is_letter(text[-1])
-            self.newline[token] = "\n" in text
+            self.breaks[token] = "\n" in text
         counts: dict[bytes, int] = {}
         for piece in table.pieces:
             counts[piece] = counts.get(piece, 0) + 1

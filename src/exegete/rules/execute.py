@@ -95,7 +95,7 @@ class TokenContext:
             if place == "called":
                 inside &= self._run[1] % max(self.length, 1) > 0
         else:
-            columns = np.where(self.words.newline[self.flat], self.columns, -1).reshape(self.n, self.length)
+            columns = np.where(self.words.breaks[self.flat], self.columns, -1).reshape(self.n, self.length)
             last = np.maximum.accumulate(columns, axis=1).astype(np.int64).reshape(-1)
             broken = self.shifted(last, 1, -1)  # the last line break before the position
             inside = broken >= 0 if place == "break" else np.ones(self.size, bool)

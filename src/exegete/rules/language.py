@@ -152,7 +152,7 @@ class TokenOf(Condition):
     """The token at a named place is one of ``tokens``.
 
     Places: ``line`` the first token of the current line (the current token itself when it is first); ``break`` the
-    token with the line break before the current line; ``opener`` the token that opened the innermost bracket still
+    token with the line break before the current line (special tokens break lines too); ``opener`` the token that opened the innermost bracket still
     open before the current token; ``called`` the token right before that one.
     """
 

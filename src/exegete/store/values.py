@@ -20,7 +20,7 @@ SMALLEST = 2.0**LOWEST_EXPONENT
 LARGEST = (2.0 - 2.0**-MANTISSA_BITS) * 2.0 ** (LOWEST_EXPONENT + 63)
 
 _DROPPED = 23 - MANTISSA_BITS
-_BASE = np.int64((127 + LOWEST_EXPONENT) << MANTISSA_BITS)
+_BASE = np.uint32((127 + LOWEST_EXPONENT) << MANTISSA_BITS)
 
 
 def encode_values(values: Array) -> Array:
@@ -32,17 +32,17 @@ def encode_values(values: Array) -> Array:
     exact = np.ascontiguousarray(values, dtype=np.float32)
     if not bool(((exact > 0) & np.isfinite(exact)).all()):
         raise InputError("a firing's value is positive and finite")
-    bits = exact.view(np.uint32).astype(np.int64)
-    half = (1 << (_DROPPED - 1)) - 1
-    codes = ((bits + half + ((bits >> _DROPPED) & 1)) >> _DROPPED) - _BASE
+    bits = exact.view(np.uint32)
+    half = np.uint32((1 << (_DROPPED - 1)) - 1)
+    rounded = (bits + half + ((bits >> _DROPPED) & np.uint32(1))) >> _DROPPED
+    codes = np.maximum(rounded, _BASE) - _BASE
     if codes.size and int(codes.max()) > 0xFFFF:
         raise InputError(f"an activation of {float(exact.max()):.4g} is too large to store; the limit is {LARGEST:.4g}")
-    result: Array = np.maximum(codes, 0).astype(np.uint16)
+    result: Array = codes.astype(np.uint16)
     return result
 
 
 def decode_values(codes: Array) -> Array:
     """Return the float32 values of uint16 codes, exactly."""
-    bits = (codes.astype(np.int64) + _BASE) << _DROPPED
-    result: Array = bits.astype(np.uint32).view(np.float32)
+    result: Array = ((codes.astype(np.uint32) + _BASE) << _DROPPED).view(np.float32)
     return result

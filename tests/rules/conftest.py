@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from exegete.rules.language import (
@@ -131,6 +132,9 @@ def make_rows(seed: int, n: int, length: int) -> Array:
     return np.array(rows, np.uint32)
 
 
+SIDES: tuple[Split, Split] = ("train", "test")
+
+
 class PlantedData(SplitData):
     """Given firings per split; asking for the firings or rows of a forbidden split fails the test."""
 
@@ -170,3 +174,47 @@ def rows_of(tokens: Array, first_document: int = 0) -> Rows:
     mask[:, 0] = False
     documents = np.repeat(np.arange(len(tokens), dtype=np.int32)[:, None] + first_document, tokens.shape[1], axis=1)
     return Rows(tokens=tokens, documents=documents, mask=mask)
+
+
+@pytest.fixture(scope="session")
+def rule_strategy() -> Callable[[int], st.SearchStrategy[Rule]]:
+    """Random rules over token ids below the given number."""
+    return rules
+
+
+@pytest.fixture(scope="session")
+def condition_strategy() -> Callable[[int], st.SearchStrategy[Condition]]:
+    return conditions
+
+
+@pytest.fixture(scope="session")
+def table() -> TokenTable:
+    return TABLE
+
+
+@pytest.fixture(scope="session")
+def ids_of() -> Callable[..., tuple[int, ...]]:
+    """Ids of pieces of the small vocabulary."""
+    return ids
+
+
+@pytest.fixture(scope="session")
+def planted() -> Callable[..., SplitData]:
+    """Make data of 240 train and 240 test rows from functions of (row of pieces, position) → fires."""
+    split_rows: dict[Split, Rows] = {s: rows_of(make_rows(i + 1, 240, 96), 1000 * i) for i, s in enumerate(SIDES)}
+
+    def make(functions: Sequence[Callable[[list[str], int], bool]], forbidden: Split | None = None) -> SplitData:
+        fired: list[dict[Split, tuple[Array, Array]]] = []
+        for number, function in enumerate(functions):
+            parts: dict[Split, tuple[Array, Array]] = {}
+            for split, rows in split_rows.items():
+                hits = []
+                for r, row in enumerate(rows.tokens.tolist()):
+                    pieces = [PIECES[t] for t in row]
+                    hits += [r * rows.length + t for t in range(1, rows.length) if function(pieces, t)]
+                noise = np.random.default_rng([number, len(split)])
+                parts[split] = (np.array(hits, np.int64), 0.5 + noise.gamma(2.0, 1.0, len(hits)))
+            fired.append(parts)
+        return PlantedData(split_rows, fired, forbidden)
+
+    return make
