@@ -483,11 +483,24 @@ def test_settings_of_the_connection(path: Path) -> None:
 # -- transactions and readers -----------------------------------------------------------------------------------------
 
 
+def write_half(results: Results) -> None:
+    with results.transaction():
+        results.add_explanation(explanation(), "k")
+        results.add_scoring(scoring(), "k2", 12345)
+
+
+def test_a_full_disk_is_said_in_a_line(path: Path) -> None:
+    with Results.open(path) as results:
+        results._database.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(InputError, match=r"cannot be written: database or disk is full; is the disk full\?"):
+            results.put_meta("long", "x" * 1_000_000)
+        assert results.meta() == {}
+
+
 def test_a_transaction_is_whole_or_nothing(path: Path) -> None:
     with Results.open(path) as results:
-        with pytest.raises(ZeroDivisionError), results.transaction():
-            results.add_explanation(explanation(), "k")
-            raise ZeroDivisionError
+        with pytest.raises(sqlite3.IntegrityError):
+            write_half(results)
         assert results.explanations() == {}
         with results.transaction():
             for i in range(3):
@@ -519,14 +532,14 @@ def test_a_reader_works_beside_a_writer_and_a_snapshot_stands_still(path: Path) 
                 writer.add_explanation(explanation(3), "k")
                 with reader.snapshot():
                     assert len(reader.explanations()) == 2
-                with pytest.raises(InputError, match="inside a snapshot"):
+                with pytest.raises(InputError, match="for reading only"):
                     reader.put_meta("a", 1)
             assert len(reader.explanations()) == 3
 
 
 def test_a_reader_cannot_write(path: Path) -> None:
     write_run(path)
-    with Results.open(path, readonly=True) as reader, pytest.raises(sqlite3.OperationalError, match="readonly"):
+    with Results.open(path, readonly=True) as reader, pytest.raises(InputError, match="for reading only"):
         reader.put_meta("a", 1)
 
 

@@ -19,7 +19,7 @@ ORDER = [
     {"errors", "streams", "progress"},
     {"tokens"},
     {"types"},
-    {"files", "registry"},
+    {"files", "registry", "codec"},
     {"config", "metrics", "prompts"},
     {"subjects", "demo"},
     {"coders"},

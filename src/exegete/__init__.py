@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from exegete.api import score as score
     from exegete.api import score_async as score_async
     from exegete.api import select as select
+    from exegete.codec import from_json as from_json
+    from exegete.codec import to_json as to_json
     from exegete.coders import load_coder as load_coder
     from exegete.config import RunConfig as RunConfig
     from exegete.run import Run as Run
@@ -43,6 +45,7 @@ _HOMES = {
     "collect": "exegete.api",
     "explain": "exegete.api",
     "explain_async": "exegete.api",
+    "from_json": "exegete.codec",
     "load_coder": "exegete.coders",
     "load_corpus": "exegete.api",
     "load_subject": "exegete.subjects",
@@ -51,6 +54,7 @@ _HOMES = {
     "score": "exegete.api",
     "score_async": "exegete.api",
     "select": "exegete.api",
+    "to_json": "exegete.codec",
 }
 
 __all__ = [
@@ -65,6 +69,7 @@ __all__ = [
     "collect",
     "explain",
     "explain_async",
+    "from_json",
     "load_coder",
     "load_corpus",
     "load_subject",
@@ -73,6 +78,7 @@ __all__ = [
     "score",
     "score_async",
     "select",
+    "to_json",
 ]
 __version__ = version("exegete")
 

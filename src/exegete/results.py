@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from exegete.scorers.scorer import Scoring
 
 _WAIT = 30.0  # seconds to wait for another writer's transaction
+_DISK_ERRORS = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY})
 
 
 @final
@@ -73,9 +74,10 @@ class ScoreColumn:
 class Results:
     """The results database of one run. Open it with ``Results.open``; use it as a context manager or ``close`` it."""
 
-    def __init__(self, database: sqlite3.Connection, path: Path) -> None:
+    def __init__(self, database: sqlite3.Connection, path: Path, *, readonly: bool = False) -> None:
         self._database = database
         self.path = path
+        self._readonly = readonly
         self._depth = 0
         self._reading = False
 
@@ -112,7 +114,7 @@ class Results:
         except BaseException:
             _close(database)
             raise
-        return cls(database, path)
+        return cls(database, path, readonly=readonly)
 
     def close(self) -> None:
         """Close the database; the write-ahead log is folded into it by the last to close."""
@@ -130,8 +132,8 @@ class Results:
 
         Raises BusyError when another process keeps the database locked, InputError when it cannot be written.
         """
-        if self._reading:
-            raise InputError(f"{self.path}: nothing can be written inside a snapshot")
+        if self._readonly or self._reading:
+            raise InputError(f"{self.path} is open for reading only")
         if self._depth:
             self._depth += 1
             try:
@@ -148,9 +150,11 @@ class Results:
             yield
             fault_point("before commit results")
             self._database.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF in _DISK_ERRORS:
+                raise InputError(f"{self.path} cannot be written: {error}; is the disk full?") from error
             raise
         finally:
             self._depth = 0

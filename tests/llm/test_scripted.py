@@ -81,7 +81,7 @@ def test_a_judge_without_errors_says_what_the_given_predicate_says() -> None:
 def test_texts_that_quote_what_they_mean_need_no_predicate() -> None:
     judge = sharp()
     assert verdicts(judge, "detection", 'Occurrences of the text "ab".', ["ab", "a b", "xaby"]) == [1, 0, 1]
-    assert verdicts(judge, "fuzzing", 'the text "ab"', ["<<ab>> a", "ab <<a>>"]) == [1, 0]
+    assert verdicts(judge, "fuzzing", 'the text "ab"', ["<<ab>> a", "ab <<a>>", "ab"]) == [1, 0, 0]
     assert quoted_text("no such form") is None
     fits = quoted_text('The text "a\\n\\"b\\""')
     assert fits is not None
@@ -96,7 +96,7 @@ def test_rule_texts_are_parsed_and_run_on_the_window_alone() -> None:
     judge = sharp(windows=windows)
     # The known windows differ in their tokens although both read "ab"; greedy splitting would see the token "ab".
     assert verdicts(judge, "detection", text, ["ab", "b ab", "a", "ab a"]) == [1, 0, 0, 0]
-    assert verdicts(judge, "fuzzing", text, ["a<<b>>", "<<a>>b", "<<ab>>"]) == [1, 0, 0]
+    assert verdicts(judge, "fuzzing", text, ["a<<b>>", "<<a>>b", "<<ab>>", "ab"]) == [1, 0, 0, 0]
     assert verdicts(sharp(windows=windows, predicates={text: lambda t, s: True}), "detection", text, ["a"]) == [1]
 
 
@@ -226,6 +226,18 @@ def test_the_server_refuses_what_it_does_not_know() -> None:
 
 
 # -- running many ------------------------------------------------------------------------------------------------------------
+
+
+def test_results_are_never_formatted() -> None:
+    # asyncio.Runner sets signal handlers around a task, and the signal module formats the finished task
+    class Silent:
+        def __repr__(self) -> str:
+            raise AssertionError("formatted")
+
+    async def work(n: int) -> Silent:
+        return Silent()
+
+    assert [n for n, _ in run_limited([1, 2], work, 1)] == [1, 2]
 
 
 def test_run_limited_finishes_in_its_own_loop_however_it_ends() -> None:

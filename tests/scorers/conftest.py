@@ -15,7 +15,7 @@ from exegete.views import Donor, LatentView, SplitData
 
 WORDS = 40
 WINDOW = 12
-TABLE = TokenTable([b"<bos>", *(f" w{i}".encode() for i in range(1, WORDS)), b"\n", b" <<", b"\xc3", b"\xa9"], [0])
+TABLE = TokenTable([b"<bos>", *(f" w{i:02d}".encode() for i in range(1, WORDS)), b"\n", b" <<", b"\xc3", b"\xa9"], [0])
 
 
 def word_rule(*tokens: int, precision: float = 0.9) -> Rule:
@@ -72,7 +72,7 @@ class World:
     def explanation(self, word: int, *, text: str | None = None, program: bool = True) -> Explanation:
         return Explanation(
             latent=LatentId(coder="c", index=word),
-            text=text or f'the text " w{word}"',
+            text=text or f'the text " w{word:02d}"',
             status="ok",
             explainer={"name": "rule", "args": {}},
             program=word_rule(word).to_json() if program else None,

@@ -42,17 +42,15 @@ def test_explain_detect_and_fuzz_over_http_give_what_theory_says(world: Any) -> 
         client = client_from_spec(server.spec, LLMConfig(timeout=20.0))
         view = given(world.view(3, donors=(5, 6, 7, 8, 9), n_fire=100, n_silent=100), client)
         (explanation,) = DefaultExplainer().explain([view])
-        assert (explanation.status, explanation.text) == ("ok", 'the text " w3"')
+        assert (explanation.status, explanation.text) == ("ok", 'the text " w03"')
         for scorer in (DetectionScorer(), FuzzingScorer()):
-            # " w3" is part of " w30" … " w39", so of what is shown detection reads some silent windows as fitting
             (scoring,) = scorer.score([(explanation, view)])
             found = table_of(scoring.scores)
             own, null = found["balanced_accuracy", "none"], found["balanced_accuracy", "other_latent"]
             assert (own.n_total, own.n_failed) == (200, 0)
             assert (null.n_total, null.n_failed) == (1000, 0)
-            if scorer.kind == "fuzzing":
-                assert own.low <= THEORY <= own.high
-                assert null.low <= 0.5 <= null.high
+            assert own.low <= THEORY <= own.high
+            assert null.low <= 0.5 <= null.high
             assert own.low > null.high
 
 
@@ -91,17 +89,17 @@ def render_of(world: Any, word: int) -> str:
 def test_the_interval_covers_theory_about_as_often_as_it_says(world: Any) -> None:
     view = world.view(4, n_fire=50, n_silent=50)
     covered = 0
-    for seed in range(60):
+    for seed in range(40):
         judge = SimulatedJudge(
             true_positive_rate=0.8,
             false_positive_rate=0.3,
             seed=seed,
-            predicates={"w": lambda text, spans: " w4" in text.replace(" w4", " w4 ").split(" ") or " w4 " in f"{text} "},
+            predicates={"w": lambda text, spans: " w04" in text},
         )
         (scoring,) = DetectionScorer().score([(world.explanation(4, text="w", program=False), given(view, judge))])
         score = table_of(scoring.scores)["balanced_accuracy", "none"]
         covered += score.low <= 0.75 <= score.high
-    assert covered >= 51  # at 95 %, 51 or fewer of 60 has a chance below 1 in 300
+    assert covered >= 34  # at 95 %, fewer than 34 of 40 has a chance of 1 in 300
 
 
 def test_a_known_rule_text_is_judged_the_same_by_judge_and_execution(world: Any) -> None:

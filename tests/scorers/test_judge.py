@@ -95,7 +95,7 @@ def test_a_short_last_batch_is_asked_and_read_at_its_own_length(world: Any) -> N
     assert {v.status for v in found} == {"ok"}
     shown = [read_question(r.messages).excerpts for r in client.requests]
     assert [len(s) for s in shown] == [5, 2]
-    assert [e.text for s in shown for e in s] == [f" w{i} w{i + 1}" for i in range(1, 8)]
+    assert [e.text for s in shown for e in s] == [f" w{i:02d} w{i + 1:02d}" for i in range(1, 8)]
 
 
 def test_requests_share_nothing_and_carry_the_explanation(world: Any) -> None:
@@ -190,7 +190,7 @@ def test_fuzzing_shows_marks(world: Any) -> None:
     judge = LLMJudge(client, "fuzzing", world.table, gate=asyncio.Semaphore(1))
     item = Item(tokens=np.array([1, 2, 3], dtype=np.uint32), marks=np.array([False, True, False]))
     ask(judge, explanation(), [item])
-    assert " w1<< w2>> w3" in client.requests[0].messages[-1]["content"]
+    assert " w01<< w02>> w03" in client.requests[0].messages[-1]["content"]
     assert "every marked piece" in client.requests[0].messages[0]["content"]
 
 

@@ -158,18 +158,25 @@ assert set(_HEADS) == set(BASELINES)
 def _short(name: str, width: int = _NAME) -> str:
     """Return a coder's name cut in its middle to fit."""
     shown = visible_line(name)
-    return shown if len(shown) <= width else f"{shown[: width // 2 - 1]}…{shown[-(width // 2) :]}"
+    if len(shown) <= width:
+        return shown
+    tail = width // 2
+    return f"{shown[: width - tail - 1]}…{shown[-tail:]}"
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Return an aligned table: the first ``left`` columns to the left, the others to the right."""
+    """Return an aligned table: the first ``left`` columns to the left, the others to the right.
+
+    The first column gives way, cut in the middle, when the table would be too wide.
+    """
     widths = [max(len(heads[i]), *(len(row[i]) for row in rows)) for i in range(len(heads))]
     gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else " "
+    widths[0] = min(widths[0], max(12, WIDTH - sum(widths[1:]) - len(gap) * (len(widths) - 1)))
 
     def line(cells: Sequence[str]) -> str:
-        return gap.join(
-            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
+        cut = (_short(cells[0], widths[0]), *cells[1:])
+        padded = enumerate(zip(cut, widths, strict=True))
+        return gap.join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in padded)
 
     rule = gap.join("─" * w for w in widths)
     return [title, line(heads).rstrip(), rule, *(line(row).rstrip() for row in rows), ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from exegete.types import LLMReply, LLMRequest
@@ -75,14 +76,22 @@ def run_limited(
 
     ``finish`` is awaited at the end in the same loop, however it ends: connections belong to their loop.
     """
+    arrived: list[tuple[T, R]] = []
     with asyncio.Runner() as runner:
         stream = gather_limited(items, work, limit)
+
+        async def step() -> None:
+            # Not returned: Runner sets a signal handler around every task, and the signal module formats the finished
+            # task with its result, which takes seconds for one that holds arrays.
+            with suppress(StopAsyncIteration):
+                arrived.append(await anext(stream))
+
         try:
             while True:
-                try:
-                    yield runner.run(anext(stream))  # type: ignore[arg-type]
-                except StopAsyncIteration:
+                runner.run(step())
+                if not arrived:
                     return
+                yield arrived.pop()
         finally:
             runner.run(stream.aclose())  # type: ignore[attr-defined]
             if finish is not None:

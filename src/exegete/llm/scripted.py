@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Spans = tuple[tuple[int, int], ...]
 Predicate = Callable[[str, Spans | None], bool]
 """Whether a text fits: ``(text, None)`` asks of detection, does any place fit; ``(text, spans)`` of fuzzing, does every
-marked span of characters fit."""
+marked span of characters fit (where nothing is marked, nothing fits)."""
 
 _QUOTED = re.compile(r'the text ("(?:[^"\\]|\\.)*")', re.IGNORECASE)
 
@@ -171,7 +171,9 @@ def quoted_text(explanation: str) -> Predicate | None:
     quoted = str(json.loads(found.group(1), strict=False))
 
     def fits(text: str, spans: Spans | None) -> bool:
-        return quoted in text if spans is None else all(quoted in text[start:stop] for start, stop in spans)
+        if spans is None:
+            return quoted in text
+        return bool(spans) and all(quoted in text[start:stop] for start, stop in spans)
 
     return fits
 
@@ -197,7 +199,7 @@ def rule_predicate(rule: Rule, table: TokenTable, windows: Mapping[str, Array]) 
             return bool(matches.any())
         ends = np.cumsum([len(part) for part in table.spans([int(t) for t in tokens])])
         starts = np.concatenate([[0], ends[:-1]])
-        return all(bool(matches[(starts < stop) & (ends > start)].all()) for start, stop in spans)
+        return bool(spans) and all(bool(matches[(starts < stop) & (ends > start)].all()) for start, stop in spans)
 
     return fits
 

@@ -133,11 +133,15 @@ def _telling(
     """Return the places whose tokens tell most, by the bits that the best twelve tokens of each place save."""
     n_all, f_all = around
     q = f_all / n_all
-    where = np.flatnonzero((total > hit / q) if negated else (hit > q * total))
-    n, f = total.ravel()[where], hit.ravel()[where]
-    bits = np.zeros(total.size)
-    bits[where] = np.maximum(_gain_bits(n, f, q) - math.log2(total.shape[1]) - 1, 0)
-    worth = np.partition(bits.reshape(total.shape), -MAX_TOKENS, axis=1)[:, -MAX_TOKENS:].sum(axis=1)
+    wanted = (total * q > hit) if negated else (hit > q * total)
+    places, ids = np.nonzero(wanted)
+    bits = _gain_bits(total[places, ids], hit[places, ids], q) - math.log2(total.shape[1]) - 1
+    keep = bits > 0
+    places, bits = places[keep], bits[keep]
+    order = np.lexsort((-bits, places))
+    places, bits = places[order], bits[order]
+    rank = np.arange(len(places)) - np.searchsorted(places, places)
+    worth = np.bincount(places, weights=bits * (rank < MAX_TOKENS), minlength=len(total))
     worth[list(used)] = 0  # places 0…8 are the offsets themselves
     return [int(i) for i in np.argsort(-worth, kind="stable")[:limit] if worth[i] > 0]
 
