@@ -361,6 +361,9 @@ def test_quality_is_measured_on_the_first_batch(
     assert quality["l0"] == pytest.approx((first > 0).sum() / corpus.rows(slice(0, 2)).mask.sum())
     assert quality["fvu"] > 4
     assert "coder out explains less of a than the mean does" in caplog.text
+    caplog.clear()
+    collect_firings(subject, {"out@random-coder": ToyCoder("a", k=None)}, corpus, tmp_path, CONFIG)
+    assert not caplog.text
 
 
 def test_a_coder_whose_reconstruction_has_another_size_is_collected_all_the_same(

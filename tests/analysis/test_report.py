@@ -26,11 +26,15 @@ from exegete.types import Example, ExampleSet, Explanation, Judgement, LatentId,
 if TYPE_CHECKING:
     from .conftest import SyntheticRun
 
-HOSTILE = '<script>alert("x")</script> \u202eevil\u2066 <img src=x onerror=alert(1)>{{ 7*7 }}\x1b[31m\ud800</style>&lt;"\''
-ALLOWED_TAGS = set(
-    "html head meta title style body nav div span a main header h1 h2 h3 h4 p ul ol li figure figcaption section table "
-    "thead tbody tr th td b em code pre strong i svg line polygon polyline rect circle text g blockquote details "
-    "summary dl dt dd input select option button script".split()
+NAME = '<script>alert("x")</script> \u202eevil\u2066 <img src=x onerror=alert(1)>{{ 7*7 }}\x1b[31m</style>&lt;"\''
+HOSTILE = NAME + "\ud800"
+ALLOWED_TAGS = frozenset(
+    re.findall(
+        r"\w+",
+        "html head meta title style body nav div span a main header h1 h2 h3 h4 p ul ol li figure figcaption section "
+        "table thead tbody tr th td b em code pre strong i svg line polygon polyline rect circle text g blockquote "
+        "details summary dl dt dd input select option button script",
+    )
 )
 
 
@@ -45,7 +49,6 @@ class Page(HTMLParser):
         self.tables: dict[str, list[list[str]]] = {}
         self.text = ""
         self._table = ""
-        self._in_title = False
         self.feed(text)
         self.close()
 
@@ -60,6 +63,10 @@ class Page(HTMLParser):
             self.tables[self._table].append([])
         if tag in ("td", "th"):
             self.tables[self._table][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "table":
+            self._table = ""
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -136,9 +143,7 @@ def ci(interval: Interval) -> str:
 def test_every_number_of_the_tables_is_the_summarys(index: Page, synthetic_run: SyntheticRun) -> None:
     with synthetic_run.results() as results:
         summary = summarise(results)
-    contrasts = [
-        [ci(c.trained), ci(c.null), bracket(c.difference, sign=True)] for c in summary.contrasts
-    ]
+    contrasts = [[ci(c.trained), ci(c.null), bracket(c.difference, sign=True)] for c in summary.contrasts]
     assert [row[3:] for row in index.tables["contrasts"][1:]] == contrasts
     assert len(contrasts) == 12
     coders = [
@@ -199,7 +204,9 @@ def test_the_report_opens_with_the_controls(index: Page) -> None:
     assert index.text.index("random-init coder") < index.text.index("Scores against their null")
 
 
-def test_a_run_without_controls_says_that_its_null_is_the_weakest(build: Callable[..., SyntheticRun], tmp_path: Path) -> None:
+def test_a_run_without_controls_says_that_its_null_is_the_weakest(
+    build: Callable[..., SyntheticRun], tmp_path: Path
+) -> None:
     run = build(nulls=False, n_latents=4)
     text = Page((written(run, tmp_path / "report") / "index.html").read_text()).text
     assert "the weakest null in the field" in text
@@ -288,11 +295,11 @@ def test_windows_show_every_strength_and_judgement(tmp_path: Path) -> None:
     assert "4.00 · decile 1 · row 1:32" in firing[1]
     assert '<span class="ok" title="judge said no; it does not fire">detection ✓</span>' in silent[1]
     assert '<span class="failed" title="unparsed; it does not fire">detection ?</span>' in silent[1]
-    assert "class=\"t " not in silent[0]
+    assert 'class="t ' not in silent[0]
 
 
 def hostile_run(folder: Path) -> tuple[Results, TokenTable, ExampleSet]:
-    coder = f"layers {HOSTILE}"
+    coder = f"layers {NAME}"
     latent = LatentId(coder=coder, index=0)
     table = TokenTable([HOSTILE.encode("utf-8", errors="surrogatepass"), b"</style>", b"\xe2\x80\xae"], special=[2])
     examples = [
@@ -312,10 +319,11 @@ def hostile_run(folder: Path) -> tuple[Results, TokenTable, ExampleSet]:
     chosen = ExampleSet(latent=latent, examples=tuple(examples), maximum=2.0, firing_rate=0.5, frame=2, seed=0)
     results = Results.open(folder / "results.db")
     results.put_meta("title", HOSTILE)
-    results.put_meta(HOSTILE, {HOSTILE: [HOSTILE, {HOSTILE: HOSTILE}]})
+    results.put_meta(NAME, {HOSTILE: [HOSTILE, {HOSTILE: HOSTILE}]})
     results.put_meta("corpus", {HOSTILE: HOSTILE, "tokens": 3})
     results.put_meta("config", {"llm": {"llm": f"http://{HOSTILE}#{HOSTILE}"}})
-    results.add_skip(Skipped(latent=LatentId(coder=coder, index=9), stage=HOSTILE.replace("\ud800", ""), reason=HOSTILE, have=1, need=2), "s")  # fmt: skip  # noqa: E501
+    skipped = Skipped(latent=LatentId(coder=coder, index=9), stage=NAME, reason=HOSTILE, have=1, need=2)
+    results.add_skip(skipped, "s")
     explanation = Explanation(
         latent=latent,
         text=HOSTILE,
@@ -325,18 +333,17 @@ def hostile_run(folder: Path) -> tuple[Results, TokenTable, ExampleSet]:
         detail={HOSTILE: HOSTILE},
     )
     id_ = results.add_explanation(explanation, "k")
-    scorer = HOSTILE.replace("\ud800", "")
     scores = [
         Score(
-            latent=latent, scorer=name, metric=metric, value=0.5, low=0.4, high=0.6, method=scorer, n_total=2,
+            latent=latent, scorer=name, metric=metric, value=0.5, low=0.4, high=0.6, method=NAME, n_total=2,
             n_scored=2, n_failed=0, control=control,
         )
         for name, metric, control in (
-            (scorer, "balanced_accuracy", "none"),
-            (scorer, "balanced_accuracy", "other_latent"),
-            (scorer, scorer, "none"),
+            (NAME, "balanced_accuracy", "none"),
+            (NAME, "balanced_accuracy", "other_latent"),
+            (NAME, NAME, "none"),
             ("execution", "auprc", "none"),
-            ("baseline", scorer, "none"),
+            ("baseline", NAME, "none"),
         )
     ]  # fmt: skip
     judged = tuple(
@@ -344,7 +351,7 @@ def hostile_run(folder: Path) -> tuple[Results, TokenTable, ExampleSet]:
         for e in examples[2:]
     )
     made = Scoring(explanation=explanation, scores=tuple(scores), judgements={"none": judged})
-    results.add_scoring(made, "d", id_, scorer=scorer)
+    results.add_scoring(made, "d", id_, scorer=NAME)
     counts = LatentStats(
         latent=latent, count=2, rate=0.5, maximum=2.0, mean=1.0, sum_squares=2.0, histogram=np.array([1, 1]),
         edges=np.array([0.5, 1.0, 2.0]), top_tokens=((0, 1), (1, 1), (999, 1)), token_entropy=1.0,
@@ -354,11 +361,7 @@ def hostile_run(folder: Path) -> tuple[Results, TokenTable, ExampleSet]:
 
 
 def test_nothing_foreign_acts_in_a_page(tmp_path: Path) -> None:
-    coder = "layers " + HOSTILE.replace("\ud800", "")
-    assert HOSTILE.replace("\ud800", "") in coder
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{__name__}.HOSTILE", HOSTILE)
-        results, table, chosen = hostile_run_without_surrogate_names(tmp_path)
+    results, table, chosen = hostile_run(tmp_path)
     with results:
         write_report(results, table, lambda _: chosen, tmp_path / "report")
     pages = sorted((tmp_path / "report").rglob("*.html"))
@@ -375,13 +378,8 @@ def test_nothing_foreign_acts_in_a_page(tmp_path: Path) -> None:
         assert hidden == set()
         assert "⟨U+202E⟩" in text
         assert "{{ 7*7 }}" in text
-        assert "49" not in re.sub(r"\d\.\d+|[\d.]+,|#\w+", "", found.text.split("{{ 7*7 }}")[1][:20])
         assert "<img" not in text
         assert "<script>alert" not in text
-
-
-def hostile_run_without_surrogate_names(folder: Path) -> tuple[Results, TokenTable, ExampleSet]:
-    return hostile_run(folder)
 
 
 def test_the_same_results_give_the_same_bytes(synthetic_run: SyntheticRun, report: Path, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_numbers_by_hand(results: Results) -> None:
     assert found.lift.n == 4
     assert found.judge == "executed rule"
     assert explainer.executed is None
-    assert explainer.thirds == explainer.mass == ()
+    assert (explainer.thirds, explainer.mass) == ((), ())
 
 
 def test_curves_are_means_over_latents_of_what_was_judged(results: Results) -> None:

@@ -131,6 +131,22 @@ def test_several_specs(repository: Path, tmp_path: Path) -> None:
     assert list(load_coders(f"b={repository}", ["layers.*"])) == ["b-layers.2", "b-layers.10"]
 
 
+def test_hookpoints_go_to_the_specs_that_have_them(repository: Path, tmp_path: Path) -> None:
+    other = toy_topk_coder(tmp_path / "other", hookpoints=("layers.3.mlp",), seed=1)
+    single = toy_topk_coder(tmp_path / "single", root=True)
+    both = [str(repository), str(other)]
+    assert list(load_coders(both, ["layers.2", "layers.3.mlp"])) == ["layers.2", "layers.3.mlp"]
+    assert list(load_coders(both, ["layers.2"])) == ["layers.2"]
+    with pytest.raises(NotFoundError, match=r"'layers\.3\.mlq'; did you mean layers\.3\.mlp"):
+        load_coders(both, ["layers.2", "layers.3.mlq"])
+    assert {n: c.hookpoint for n, c in load_coders([*both, f"s={single}"], ["layers.2"]).items()} == {
+        "layers.2": "layers.2",
+        "s": "layers.2",
+    }
+    with pytest.raises(InputError, match="give its hookpoint"):
+        load_coders([*both, f"s={single}"], ["layers.2", "layers.10"])
+
+
 def test_inspect_reads_no_weights(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparsify, "load", None)
     infos = inspect_coders(str(repository))

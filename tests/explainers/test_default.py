@@ -44,7 +44,9 @@ def test_the_answer_stands_after_the_last_marker(reply: str, text: str) -> None:
     assert parse_explanation(reply) == text
 
 
-@pytest.mark.parametrize("reply", ["", "cats", "EXPLANATION: cats", "[EXPLANATION]:", "[EXPLANATION]:  \n", "x [EXPLANATION"])
+@pytest.mark.parametrize(
+    "reply", ["", "cats", "EXPLANATION: cats", "[EXPLANATION]:", "[EXPLANATION]:  \n", "x [EXPLANATION"]
+)
 def test_without_marker_or_text_there_is_no_answer(reply: str) -> None:
     assert parse_explanation(reply) is None
 
@@ -134,7 +136,9 @@ def test_what_no_call_can_mend_is_raised(make_view: Make) -> None:
         one(make_view(2, ScriptedClient([LLMError("no such model")])))
 
 
-@pytest.mark.parametrize("args", [{"n_examples": 0}, {"max_tokens": 0}, {"threshold": 1.0}, {"threshold": -1.0}, {"x": 1}])
+@pytest.mark.parametrize(
+    "args", [{"n_examples": 0}, {"max_tokens": 0}, {"threshold": 1.0}, {"threshold": -1.0}, {"x": 1}]
+)
 def test_wrong_arguments_are_refused(args: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         explainers.make("default", args)

@@ -12,7 +12,14 @@ from exegete.errors import InputError, LLMError, NotFoundError
 from exegete.llm.openai_api import OpenAIClient, client_from_spec, parse_spec, without_reasoning
 from exegete.types import LLMReply, LLMRequest
 
-KEYS = ("OPENAI_API_KEY", "OPENROUTER_API_KEY", "EXEGETE_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_BASE_URL")
+KEYS = (
+    "OPENAI_API_KEY",
+    "OPENROUTER_API_KEY",
+    "EXEGETE_API_KEY",
+    "OPENAI_ORG_ID",
+    "OPENAI_PROJECT_ID",
+    "OPENAI_BASE_URL",
+)
 SECRET = "sk-very-secret-0123456789"
 
 
@@ -89,14 +96,18 @@ def test_other_forms_are_refused_with_the_known_ones(spec: str) -> None:
         parse_spec(spec)
 
 
-@pytest.mark.parametrize("spec", [f"http://me:{SECRET}@host/v1#m", f"http://host/v1?key={SECRET}#m", f"http://a:{SECRET}@h"])
+@pytest.mark.parametrize(
+    "spec", [f"http://me:{SECRET}@host/v1#m", f"http://host/v1?key={SECRET}#m", f"http://a:{SECRET}@h"]
+)
 def test_a_url_holds_no_secrets_and_the_refusal_does_not_repeat_them(spec: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_spec(spec)
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize(("spec", "variable"), [("openai/m", "OPENAI_API_KEY"), ("openrouter/o/m", "OPENROUTER_API_KEY")])
+@pytest.mark.parametrize(
+    ("spec", "variable"), [("openai/m", "OPENAI_API_KEY"), ("openrouter/o/m", "OPENROUTER_API_KEY")]
+)
 def test_services_need_their_own_key(spec: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=variable):
         client_from_spec(spec, LLMConfig())

@@ -73,7 +73,12 @@ def test_prompts_are_plain_text_and_not_byte_glyphs() -> None:
 
 
 def test_a_malformed_prompt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for text in ("hello", "--- user\nx\n", "--- system\na\n--- user\nb\n--- user\nc\n", "x\n--- system\na\n--- user\nb\n"):
+    for text in (
+        "hello",
+        "--- user\nx\n",
+        "--- system\na\n--- user\nb\n--- user\nc\n",
+        "x\n--- system\na\n--- user\nb\n",
+    ):
         monkeypatch.setattr(prompts, "prompt", lambda name, text=text: text)
         with pytest.raises(CorruptError):
             prompts.turns.__wrapped__("broken")

@@ -15,7 +15,14 @@ from exegete.llm.client import LLMClient, run_limited
 from exegete.llm.local_server import serve
 from exegete.llm.openai_api import client_from_spec
 from exegete.llm.protocol import explain_messages, judge_messages, with_strengths
-from exegete.llm.scripted import ScriptedClient, SimulatedJudge, greedy_tokens, known_windows, quoted_text, rule_predicate
+from exegete.llm.scripted import (
+    ScriptedClient,
+    SimulatedJudge,
+    greedy_tokens,
+    known_windows,
+    quoted_text,
+    rule_predicate,
+)
 from exegete.rules import render
 from exegete.rules.language import Clause, Rule, TokenAt
 from exegete.tokens import TokenTable
@@ -106,7 +113,22 @@ def test_marks_cover_the_tokens_that_share_a_character_with_them() -> None:
     assert fits("aé", ((1, 2),))
     assert not fits("aé", ((0, 1),))
     assert not fits("aé", ((0, 2),))
+    assert not fits("aé", ())
     assert not fits("", None)
+
+
+def test_tokens_shown_only_together_fit_when_any_of_them_does() -> None:
+    windows = {"éb": np.array([0, 5, 6, 2], dtype=np.uint32), "a\ufffd": np.array([1, 5, 0], dtype=np.uint32)}
+    for token in (5, 6):
+        fits = rule_predicate(Rule((Clause((TokenAt(0, (token,)),), 0.9, 1.0),)), TABLE, windows)
+        assert fits("éb", ((0, 1),))
+        assert not fits("éb", ((1, 2),))
+        assert not fits("éb", ((0, 1), (1, 2)))
+        assert fits("éb", None)
+    special = rule_predicate(Rule((Clause((TokenAt(0, (0,)),), 0.9, 1.0),)), TABLE, windows)
+    assert not special("éb", None)
+    assert not special("éb", ((0, 1),))
+    assert rule_predicate(Rule((Clause((TokenAt(0, (5,)),), 0.9, 1.0),)), TABLE, windows)("a\ufffd", ((1, 2),))
 
 
 def test_unknown_text_is_split_greedily() -> None:
@@ -162,7 +184,7 @@ def test_rates_are_checked() -> None:
 
 
 def test_asked_to_explain_it_names_the_commonest_marked_text() -> None:
-    shown = [with_strengths(t, []) for t in ("x<< a>> y", "<< b>>", "<< a>>", "<<é\"\n>>")]
+    shown = [with_strengths(t, []) for t in ("x<< a>> y", "<< b>>", "<< a>>", '<<é"\n>>')]
     reply = ask(sharp(), explain_messages(shown))
     assert reply.text == '[EXPLANATION]: the text " a"'
     assert reply.prompt_tokens > 100

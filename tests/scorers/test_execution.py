@@ -61,7 +61,9 @@ def test_mass_is_that_of_the_matched_firings_strongest_first(world: Any, word_da
     order = np.argsort(-values, kind="stable")
     found = scores_of(world, data)
     for i, part in enumerate(np.array_split(order, 10)):
-        assert found["execution", f"mass_decile_{i}"].value == pytest.approx(values[part][hit[part]].sum() / values[part].sum())
+        assert found["execution", f"mass_decile_{i}"].value == pytest.approx(
+            values[part][hit[part]].sum() / values[part].sum()
+        )
 
 
 def test_baselines_stand_beside_unless_left_out(world: Any, word_data: Any) -> None:

@@ -17,7 +17,7 @@ from exegete.config import CorpusConfig
 from exegete.errors import BusyError, CorruptError, InputError, MismatchError, NotFoundError
 from exegete.files import RunLock, fault_hook
 from exegete.store import corpus as building
-from exegete.store.corpus import Corpus, TextDocument, build_corpus, open_corpus, tokenizer_hash
+from exegete.store.corpus import Corpus, TextDocument, build_corpus, copy_corpus, open_corpus, tokenizer_hash
 from exegete.tokens import TokenTable
 
 
@@ -356,3 +356,17 @@ def test_progress_is_told(tmp_path: Path) -> None:
     table = TOKENIZER.table
     build_corpus(tmp_path, docs("abc", "", "de"), TOKENIZER, config, table=table, progress=lambda *n: told.append(n))
     assert told == [(1, 3), (1, 3), (2, 5)]
+
+
+def test_a_copy_is_the_same_corpus(tmp_path: Path) -> None:
+    corpus = make(tmp_path / "a", docs("abc", "de"), text=("x", "y"), max_tokens=9)
+    copy = copy_corpus(corpus, tmp_path / "b")
+    assert copy.folder == tmp_path / "b"
+    assert copy.manifest == corpus.manifest
+    assert {p.name: p.read_bytes() for p in copy.folder.iterdir()} == {
+        p.name: p.read_bytes() for p in corpus.folder.iterdir()
+    }
+    assert copy.config == CorpusConfig(text=("x", "y"), max_tokens=9, row_length=8)
+    assert copy_corpus(corpus, tmp_path / "b").hash == corpus.hash
+    with pytest.raises(MismatchError, match="corpus: "):
+        copy_corpus(make(tmp_path / "c", docs("zz")), tmp_path / "b")

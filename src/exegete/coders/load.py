@@ -75,7 +75,7 @@ def load_coder(
         CorruptError: When its files are damaged.
     """
     parsed = CoderSpec.parse(spec)
-    places = _places(parsed, () if hookpoint is None else (hookpoint,), alone=True)
+    ((_, places),) = _found([parsed], () if hookpoint is None else (hookpoint,))
     if len(places) != 1:
         names = ", ".join(_label(place) for place in places)
         raise InputError(f"{spec!r} holds {len(places)} coders ({names}); name one as hookpoint, or with PATH:SUB")
@@ -145,10 +145,8 @@ def check_fit(coder: SparseCoder, subject: Subject) -> None:
 
 def _planned(specs: Iterable[str], hookpoints: Sequence[str]) -> list[tuple[CoderSpec, CoderFolder, str, str]]:
     """Return spec, folder, name and hookpoint of every coder to load."""
-    parsed = [CoderSpec.parse(spec) for spec in specs]
     planned: list[tuple[CoderSpec, CoderFolder, str, str]] = []
-    for spec in parsed:
-        places = _places(spec, hookpoints, alone=len(parsed) == 1)
+    for spec, places in _found([CoderSpec.parse(text) for text in specs], hookpoints):
         seeds: dict[str | None, int] = {}
         for place in places:
             seeds[place.hookpoint] = seeds.get(place.hookpoint, 0) + 1
@@ -164,29 +162,32 @@ def _planned(specs: Iterable[str], hookpoints: Sequence[str]) -> list[tuple[Code
     return planned
 
 
-def _places(spec: CoderSpec, hookpoints: Sequence[str], *, alone: bool) -> tuple[CoderFolder, ...]:
-    """Return the coder folders of a spec at the hookpoints asked for, fetched from the hub where that is meant.
+def _found(specs: Sequence[CoderSpec], hookpoints: Sequence[str]) -> list[tuple[CoderSpec, tuple[CoderFolder, ...]]]:
+    """Return the coder folders of each spec at the hookpoints asked for, fetched from the hub where that is meant."""
+    tops = [_top(spec) for spec in specs]
+    chosen = sparsify.select([sparsify.find(_root(s, top)) for s, top in zip(specs, tops, strict=True)], hookpoints)
+    for spec, top, places in zip(specs, tops, chosen, strict=True):
+        if places and not Path(spec.where).expanduser().exists():
+            weights = [(place.path / sparsify.WEIGHTS).relative_to(top).as_posix() for place in places]
+            _snapshot(spec.where, weights, revision=top.name)
+    return list(zip(specs, chosen, strict=True))
 
-    A single coder whose folder names no hookpoint is taken to sit at the one asked for.
-    """
+
+def _top(spec: CoderSpec) -> Path:
+    """Return the local folder of a spec; of a hub repository, one with the settings of its coders."""
     path = Path(spec.where).expanduser()
-    local = path.exists()
-    if not local:
-        if not _HUB.fullmatch(spec.where) or Path(Path(spec.where).parts[0]).is_dir():
-            raise NotFoundError(f"there is no coder folder {spec.where!r}; give a folder, or a hub id such as ORG/NAME")
-        path = _snapshot(spec.where, [f"*{sparsify.CONFIG}", "*config.json"])
-    root = path / spec.sub
-    if not root.is_dir():
-        raise NotFoundError(
-            f"there is no folder {spec.sub or spec.where!r}" + (f" in {spec.where!r}" if spec.sub else "")
-        )
-    found = sparsify.find(root)
-    nameless = len(found) == 1 and found[0].hookpoint is None and alone
-    places = found if nameless else sparsify.select(found, hookpoints)
-    if not local:
-        weights = [(p.path / sparsify.WEIGHTS).relative_to(path).as_posix() for p in places]
-        _snapshot(spec.where, weights, revision=path.name)
-    return places
+    if path.exists():
+        return path
+    if not _HUB.fullmatch(spec.where) or Path(path.parts[0]).is_dir():
+        raise NotFoundError(f"there is no coder folder {spec.where!r}; give a folder, or a hub id such as ORG/NAME")
+    return _snapshot(spec.where, [f"*{sparsify.CONFIG}", "*config.json"])
+
+
+def _root(spec: CoderSpec, top: Path) -> Path:
+    if not (top / spec.sub).is_dir():
+        inside = f" in {spec.where!r}" if spec.sub else ""
+        raise NotFoundError(f"there is no folder {spec.sub or spec.where!r}{inside}")
+    return top / spec.sub
 
 
 def _snapshot(repository: str, patterns: list[str], revision: str | None = None) -> Path:

@@ -186,20 +186,28 @@ def known_windows(examples: Sequence[ExampleSet], table: TokenTable) -> dict[str
 def rule_predicate(rule: Rule, table: TokenTable, windows: Mapping[str, Array]) -> Predicate:
     """Return the predicate of a rule, run on the window alone with its state counted from the window's start.
 
-    A span of characters covers the tokens that share a character with it.
+    A span of characters covers the tokens that share a character with it. Tokens that are shown only together (the
+    bytes of one character) fit when any of them does, as they are marked when any of them is.
     """
     from exegete.rules.execute import execute
 
     def fits(text: str, spans: Spans | None) -> bool:
-        tokens = windows[text] if text in windows else greedy_tokens(text, table)
+        tokens = np.asarray(windows[text] if text in windows else greedy_tokens(text, table), dtype=np.uint32)
         if not len(tokens):
             return False
-        matches = execute([rule], np.asarray(tokens, dtype=np.uint32)[None], table)[0, 0] > 0
+        shown = ~np.isin(tokens, list(table.special))
+        matches = execute([rule], tokens[None], table, shown[None])[0, 0] > 0
         if spans is None:
             return bool(matches.any())
-        ends = np.cumsum([len(part) for part in table.spans([int(t) for t in tokens])])
+        sizes = [len(part) for part in table.spans(tokens.tolist())]
+        last = [i for i, size in enumerate(sizes) if size]  # the tokens with which text is shown
+        units = np.minimum(np.searchsorted(last, np.arange(len(tokens))), max(len(last) - 1, 0))
+        fitting = np.bincount(units, weights=matches) > 0
+        ends = np.cumsum([sizes[i] for i in last])
         starts = np.concatenate([[0], ends[:-1]])
-        return bool(spans) and all(bool(matches[(starts < stop) & (ends > start)].all()) for start, stop in spans)
+        return bool(spans) and all(
+            bool(fitting[: len(last)][(starts < stop) & (ends > start)].all()) for start, stop in spans
+        )
 
     return fits
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, final
@@ -27,6 +28,7 @@ __all__ = [
     "Document",
     "TextDocument",
     "build_corpus",
+    "copy_corpus",
     "open_corpus",
     "text_documents",
     "tokenizer_hash",
@@ -71,6 +73,25 @@ def build_corpus(
         for stale in base.glob(".*.tmp"):
             stale.unlink()
         _build(base, documents, encoder, config, key, table, progress)
+    return open_corpus(base)
+
+
+def copy_corpus(corpus: Corpus, folder: str | os.PathLike[str]) -> Corpus:
+    """Copy a corpus into a folder, manifest last, or return the one that is there when its contents are the same.
+
+    Raises MismatchError when the folder holds another corpus.
+    """
+    base = Path(folder)
+    with RunLock(base):
+        if (base / MANIFEST).exists():
+            found = open_corpus(base)
+            require_same(f"the corpus in {base}", {"corpus": found.hash}, {"corpus": corpus.hash})
+            return found
+        for name in (*corpus.manifest.files, "tokenizer.json"):
+            if (corpus.folder / name).is_file():
+                with (corpus.folder / name).open("rb") as source, atomic_file(base / name) as target:
+                    shutil.copyfileobj(source, target)
+        write_manifest(base / MANIFEST, corpus.manifest.to_json())
     return open_corpus(base)
 
 

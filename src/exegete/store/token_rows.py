@@ -7,6 +7,7 @@ tokenizer has one, and ``manifest.json``, written last: a folder without it is n
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, final
 
 import numpy as np
 
+from exegete.config import CorpusConfig
 from exegete.errors import CorruptError, NotFoundError
 from exegete.files import read_array
 from exegete.store.checks import read_manifest, verify_once
@@ -103,6 +105,12 @@ class Corpus:
     def n_counted(self) -> int:
         """Positions at which firings count."""
         return self.manifest.n_counted
+
+    @property
+    def config(self) -> CorpusConfig:
+        """The settings it was built with."""
+        settings = {f.name: self.manifest.key[f.name] for f in dataclasses.fields(CorpusConfig)}
+        return CorpusConfig(**{**settings, "text": tuple(settings["text"])})
 
     @property
     def hash(self) -> str:

@@ -7,6 +7,7 @@ are loaded.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -234,15 +235,24 @@ def _flag(config: Mapping[str, Any], name: str, what: str) -> bool:
     return value
 
 
-def select(places: Sequence[CoderFolder], hookpoints: Sequence[str]) -> tuple[CoderFolder, ...]:
-    """Return the coders at the hookpoints asked for (any spelling, globs allowed), all when none is asked for.
+def select(groups: Sequence[tuple[CoderFolder, ...]], hookpoints: Sequence[str]) -> list[tuple[CoderFolder, ...]]:
+    """Return from each group the coders at the hookpoints asked for, all when none is asked for.
 
-    Raises NotFoundError naming the near ones for a hookpoint that no coder has.
+    Hookpoints are in any spelling, globs allowed. A lone coder whose folder names no hookpoint is always kept: it is
+    for the caller to say where it sits. Raises NotFoundError naming the near ones for a hookpoint that no group has.
     """
     from exegete.subjects.names import expand
 
     if not hookpoints:
-        return tuple(places)
-    names = list(dict.fromkeys(p.hookpoint for p in places if p.hookpoint is not None))
-    wanted = {name for pattern in hookpoints for name, _ in expand(pattern, names)}
-    return tuple(p for p in places if p.hookpoint in wanted)
+        return list(groups)
+    known = [[p.hookpoint for p in group if p.hookpoint is not None] for group in groups]
+    wanted: list[set[str | None]] = [set() if names else {None} for names in known]
+    for pattern in hookpoints:
+        matched = not all(known)
+        for names, chosen in zip(known, wanted, strict=True):
+            with contextlib.suppress(NotFoundError):
+                chosen.update(name for name, _ in expand(pattern, names))
+                matched = True
+        if not matched:
+            expand(pattern, list(dict.fromkeys(name for names in known for name in names)))  # raises, with near names
+    return [tuple(p for p in group if p.hookpoint in chosen) for group, chosen in zip(groups, wanted, strict=True)]
