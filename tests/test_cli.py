@@ -89,7 +89,7 @@ def test_run_then_each_stage_again(toy_folder: Path, tmp_path: Path, capsys: pyt
 
 
 def test_stages_one_by_one_equal_run(toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from exegete.run import open_run
+    from exegete.runs import open_run
 
     main(["run", *toy_arguments(toy_folder, tmp_path / "a"), "-q"])
     main(["collect", *toy_arguments(toy_folder, tmp_path / "b"), "-q"])

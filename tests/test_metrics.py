@@ -325,6 +325,14 @@ def test_five_values_bound_no_median() -> None:
     assert undefined(metrics.median_interval([0.5, math.nan]))
 
 
+def test_a_bound_that_just_reaches_its_level_counts() -> None:
+    # Four values: the range misses the median with chance 2 · ½⁴, exactly what a level of 7/8 allows.
+    assert metrics.median_interval([4, 1, 3, 2], level=0.875) == Interval(
+        value=2.5, low=1, high=4, method="order-statistics", n=4
+    )
+    assert metrics.median_interval([4, 1, 3, 2], level=0.876).high == math.inf
+
+
 def test_median_interval_covers_as_it_says() -> None:
     rng = np.random.default_rng(0)
     hits = sum(

@@ -18,7 +18,7 @@ from exegete.config import RunConfig, merge
 from exegete.errors import BusyError, InputError, MismatchError
 from exegete.files import RunLock, fault_hook, hash_file, hash_json
 from exegete.pipeline import Pipeline, Prepared, prepare, run_pipeline
-from exegete.run import Run, open_run
+from exegete.runs import Run, open_run
 
 
 def config(toy: Path, **changes: Any) -> RunConfig:

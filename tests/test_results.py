@@ -572,7 +572,7 @@ def test_canonical_rows_forget_ids_times_and_order(path: Path, tmp_path: Path) -
 def test_an_exception_at_any_fault_point_is_made_good_by_running_again(path: Path, tmp_path: Path) -> None:
     points: list[str] = []
     with fault_hook(points.append):
-        write_run(path)
+        write_run(path, 3)
     expected = Results.open(path, readonly=True).canonical_rows()
     assert set(points) == {
         "before commit migration",
@@ -591,8 +591,8 @@ def test_an_exception_at_any_fault_point_is_made_good_by_running_again(path: Pat
                 raise KeyboardInterrupt(name)
 
         with fault_hook(interrupt), pytest.raises(KeyboardInterrupt):
-            write_run(again)
-        write_run(again)
+            write_run(again, 3)
+        write_run(again, 3)
         with Results.open(again, readonly=True) as results:
             assert results.canonical_rows() == expected
 
@@ -607,7 +607,7 @@ from exegete.results import Results
 folder = Path(sys.argv[2])
 points = []
 with fault_hook(points.append):
-    write_run(folder / "whole.db")
+    write_run(folder / "whole.db", 3)
 expected = Results.open(folder / "whole.db", readonly=True).canonical_rows()
 for stop in range(len(points)):
     path = folder / f"killed-{stop}.db"
@@ -619,10 +619,10 @@ for stop in range(len(points)):
             if len(seen) > stop:
                 os.kill(os.getpid(), 9)
         with fault_hook(kill):
-            write_run(path)
+            write_run(path, 3)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 9
-    write_run(path)
+    write_run(path, 3)
     assert Results.open(path, readonly=True).canonical_rows() == expected, points[stop]
 print(len(points))
 """

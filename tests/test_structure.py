@@ -26,20 +26,20 @@ ORDER = [
     {"store"},
     {"views"},
     {"rules"},
-    {"collect"},
+    {"collecting"},
     {"examples"},
     {"llm"},
     {"explainers"},
     {"scorers"},
     {"results", "donors"},
     {"analysis"},
-    {"run"},
+    {"runs"},
     {"status", "pipeline"},
     {"api"},
     {"testing", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-NO_TORCH = ("examples", "rules", "results", "analysis", "metrics", "store", "types", "views", "cli", "run", "pipeline")
+NO_TORCH = ("examples", "rules", "results", "analysis", "metrics", "store", "types", "views", "cli", "runs", "pipeline")
 
 
 def part(path: Path) -> str:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from exegete.codec import to_json as to_json
     from exegete.coders import load_coder as load_coder
     from exegete.config import RunConfig as RunConfig
-    from exegete.run import Run as Run
-    from exegete.run import open_run as open_run
+    from exegete.runs import Run as Run
+    from exegete.runs import open_run as open_run
     from exegete.subjects import load_subject as load_subject
     from exegete.types import Example as Example
     from exegete.types import ExampleSet as ExampleSet
@@ -38,7 +38,7 @@ _HOMES = {
     "ExampleSet": "exegete.types",
     "Explanation": "exegete.types",
     "LatentId": "exegete.types",
-    "Run": "exegete.run",
+    "Run": "exegete.runs",
     "RunConfig": "exegete.config",
     "Score": "exegete.types",
     "Skipped": "exegete.types",
@@ -49,7 +49,7 @@ _HOMES = {
     "load_coder": "exegete.coders",
     "load_corpus": "exegete.api",
     "load_subject": "exegete.subjects",
-    "open_run": "exegete.run",
+    "open_run": "exegete.runs",
     "run": "exegete.api",
     "score": "exegete.api",
     "score_async": "exegete.api",

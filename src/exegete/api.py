@@ -15,7 +15,7 @@ from exegete.config import CollectConfig, CorpusConfig, LLMConfig, RunConfig
 from exegete.errors import InputError, unknown
 from exegete.explainers.explainer import explainers
 from exegete.pipeline import Pipeline, Prepared, run_pipeline
-from exegete.run import Run, example_config
+from exegete.runs import Run, example_config
 from exegete.scorers.scorer import scorers
 from exegete.types import ExampleSet, Explanation, Score, Skipped
 from exegete.views import Donor, LatentView

@@ -93,6 +93,8 @@ class LatentConfig:
 
     count: int | None = 300
     """How many latents of each coder: a seeded uniform draw from all alive ones, fixed before explaining."""
+    null_count: int | None = None
+    """How many latents of each coder of a null (random_coder, random_subject); by default as many as of the others."""
     indices: tuple[int, ...] = ()
     """Exactly these latents instead."""
     min_rate: float = 1e-4

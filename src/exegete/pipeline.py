@@ -21,7 +21,7 @@ from exegete.errors import ConfigError, InputError, MismatchError
 from exegete.explainers.explainer import Explainer, explainers
 from exegete.files import RunLock, hash_json, read_json, write_json, write_text
 from exegete.progress import Progress, Silent
-from exegete.run import FORMAT, Run
+from exegete.runs import FORMAT, Run
 from exegete.scorers.scorer import scorers
 from exegete.streams import stream
 from exegete.types import ExampleSet, Explanation, LatentId, Skipped
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 RANDOM_CODER = "@random-coder"
 RANDOM_SUBJECT = "@random-subject"
+PAGES = 300  # latent pages per coder in a report; beyond, the best, the worst, and some evenly between
 _BLOCK = 32  # latents explained and committed together; a stop loses at most the block under way
 
 
@@ -139,7 +140,7 @@ class Pipeline:
         )
 
     def _collect(self, subject: Subject, coders: Mapping[str, SparseCoder], corpus: Corpus) -> None:
-        from exegete.collect import collect_firings
+        from exegete.collecting import collect_firings
 
         stage = f"collect {', '.join(coders)}"
         done = 0
@@ -167,7 +168,8 @@ class Pipeline:
             chosen = wanted.indices
         else:
             order = stream(self.config.seed, coder, "draw").permutation(alive)
-            chosen = tuple(int(i) for i in order[: wanted.count])
+            null = "@" in coder and wanted.null_count is not None
+            chosen = tuple(int(i) for i in order[: wanted.null_count if null else wanted.count])
         known = {stats.latent.index for stats in results.latents(coder)}
         results.add_latents(store.stats([i for i in chosen if i not in known]))
         results.mark_selected(coder, chosen)
@@ -354,6 +356,16 @@ class Pipeline:
         write_text(self.run.folder / "config.yaml", self.config.to_yaml())
         results.put_meta("config", self.config.to_dict())
         results.put_meta("manifest", read_json(self.run.folder / "manifest.json"))
+        corpus = self.run.corpus
+        results.put_meta(
+            "corpus",
+            {
+                "source": ", ".join(corpus.config.text),
+                "documents": corpus.manifest.n_documents,
+                "rows": corpus.n_rows,
+                "tokens": corpus.n_tokens,
+            },
+        )
 
     def _write_manifest(self, prepared: Prepared) -> None:
         write_text(self.run.folder / "config.yaml", self.config.to_yaml())
@@ -375,7 +387,9 @@ def report(run: Run, config: RunConfig | None = None) -> Path:
 
     results = run.results()
     try:
-        return write_report(results, run.corpus.table, run.examples_of(config), run.folder / "report")
+        return write_report(
+            results, run.corpus.table, run.examples_of(config), run.folder / "report", max_latent_pages=PAGES
+        )
     finally:
         results.close()
 

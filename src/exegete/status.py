@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from exegete.run import Run
+from exegete.runs import Run
 
 
 def status_of(run: Run) -> dict[str, Any]:

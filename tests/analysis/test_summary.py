@@ -176,6 +176,13 @@ def test_alive_follows_the_configured_rate(results: Results) -> None:
     assert coder.explainers[0].scorers[0].judge == "some/judge"
 
 
+def test_counts_over_the_whole_coder_win_over_those_of_the_drawn_latents(results: Results) -> None:
+    add(results, "a", [0.9] * 4, [0.5] * 4)
+    results.put_meta("coder a", {"width": 4096, "alive": 1234})
+    (coder,) = summarise(results).coders
+    assert (coder.n_latents, coder.n_alive, coder.n_selected) == (4096, 1234, 4)
+
+
 def test_ranking_prefers_executed_auprc(results: Results) -> None:
     add(results, "a", [0.9, 0.8], [0.5, 0.5])
     add(results, "b", [0.9, 0.8], [0.5, 0.5], auprc=[0.3, 0.6])

@@ -246,25 +246,25 @@ def test_dead_and_scarce_latents_are_skipped_with_counts(store: Any) -> None:
         )
         positions = np.concatenate([tiled["train"].start[:n_train], tiled["test"].start[:n_test]])
         made = planted(store, rows, positions.astype(np.int32), np.ones(len(rows), np.float32))
-        return select(opened(made), 0, config=SMALL)
+        return select(opened(made), 0, config=dataclasses.replace(SMALL, min_train=6))
 
-    few = firing(4, 9)
+    few = firing(5, 9)
     assert isinstance(few, Skipped)
-    assert (few.reason, few.have, few.need) == ("too few firing train windows", 4, 5)
-    few = firing(5, 4)
+    assert (few.reason, few.have, few.need) == ("too few firing train windows", 5, 6)
+    few = firing(6, 4)
     assert isinstance(few, Skipped)
     assert (few.reason, few.have, few.need) == ("too few firing test windows", 4, 5)
     assert (few.latent, few.stage) == (LatentId(coder="toy", index=0), "select")
     few = firing(0, 9)
     assert isinstance(few, Skipped)
     assert (few.reason, few.have) == ("too few firing train windows", 0)
-    found = chosen(firing(5, 5))
-    assert [len(found.part("train")), len(found.part("test", fires=True))] == [5, 5]
+    found = chosen(firing(6, 5))
+    assert [len(found.part("train")), len(found.part("test", fires=True))] == [6, 5]
     n = len(tiled["test"])
-    few = firing(5, n - 4)
+    few = firing(6, n - 4)
     assert isinstance(few, Skipped)
     assert (few.reason, few.have, few.need) == ("too few silent test windows", 4, 5)
-    assert len(chosen(firing(5, n - 5)).part("test", fires=False)) == 5
+    assert len(chosen(firing(6, n - 5)).part("test", fires=False)) == 5
 
 
 def test_no_threshold_is_still_one_window(store: Any) -> None:
@@ -295,6 +295,9 @@ def test_a_stored_zero_is_neither_a_firing_nor_a_silence(store: Any) -> None:
     assert len(found.part("test", fires=False)) == 3
     assert found.firing_rate == fires.mean()
     assert len(found.part("test", fires=True)) == fires.sum()
+    scarce = select(opened(made), 0, config=dataclasses.replace(SMALL, min_test=4))
+    assert isinstance(scarce, Skipped)
+    assert (scarce.reason, scarce.have, scarce.need) == ("too few silent test windows", 3, 4)
     only = planted(store, row[mute], position[mute].astype(np.int32), np.zeros(len(mute), np.float32))
     skipped = select(opened(only), 0, config=SMALL)
     assert isinstance(skipped, Skipped)

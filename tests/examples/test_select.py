@@ -201,3 +201,10 @@ def test_every_silent_window_has_the_same_chance() -> None:
     assert not counts[touched].any()
     others = np.delete(counts, touched) / 3000
     assert (abs(others - 0.4) < 4.5 * (0.4 * 0.6 / 3000) ** 0.5).all()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_single_window_is_taken_for_certain(strategy: Any) -> None:
+    drawn = draw(maxima(1), 5, strategy, rng())
+    assert (drawn.chosen.tolist(), drawn.probability.tolist()) == ([0], [1.0])
+    assert deciles(1).tolist() == [0]

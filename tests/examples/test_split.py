@@ -112,7 +112,8 @@ def test_the_seed_draws_which_end_is_judged() -> None:
 
 
 def test_the_smallest_cut() -> None:
-    assert sorted(split_rows(corpus([3]), seed=0, test_share=0.4).tolist()) == [-1, 0, 2]
+    for share in (0.01, 0.4, 0.99):
+        assert sorted(split_rows(corpus([3]), seed=0, test_share=share).tolist()) == [-1, 0, 2]
 
 
 def test_few_documents_that_the_source_fixed_are_left_alone() -> None:

@@ -99,6 +99,19 @@ def test_offsets_are_uniform_over_the_window() -> None:
     assert 0.01 < (made.start == other.start).mean() < 0.06  # 1/32 by chance
 
 
+def test_stretches_of_one_row_have_offsets_of_their_own() -> None:
+    owners = [[0] * 20 + [1] * 20] * 60
+    made = frame(rows_of(owners), 8, seed=0)
+    offsets = [
+        (
+            int(made.start[(made.row == r) & (made.first == 0)][0]),
+            int(made.start[(made.row == r) & (made.first == 20)][0]),
+        )
+        for r in range(60)
+    ]
+    assert sum(a == b - 20 for a, b in offsets) < 25  # 1/8 by chance
+
+
 def test_short_stretches_keep_their_one_window() -> None:
     starts = set()
     for seed in range(200):

@@ -48,7 +48,7 @@ def view(n_train: int = 3, llm: Any = None, data: SplitData | None = None, index
 
 @dataclass
 class Rowed(SplitData):
-    """Rows of random words; latent ``t`` fires on word ``t``. Latent 1000 never fires. Counts how often rows are made."""
+    """Rows of random words; latent ``t`` fires on word ``t``. Latent 1000 never fires."""
 
     made: dict[Split, Rows] = field(default_factory=dict)
 

@@ -61,7 +61,7 @@ def reply_to(serving: Any, body: Any, status: int = 200, **options: Any) -> LLMR
         return send(client_of(url), request(**options))[0]
 
 
-# -- names -------------------------------------------------------------------------------------------------------------
+# -- names ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_services_need_their_own_key(spec: str, variable: str, monkeypatch: pyte
     assert SECRET not in repr(client)
 
 
-# -- replies -----------------------------------------------------------------------------------------------------------
+# -- replies ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_reply_carries_text_counts_and_cost(serving: Any) -> None:
@@ -231,7 +231,7 @@ def test_a_server_that_hangs_is_a_failed_call(serving: Any) -> None:
     assert "did not answer within 0.2 s" in str(reply.error)
 
 
-# -- keys --------------------------------------------------------------------------------------------------------------
+# -- keys -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_server_named_by_url_gets_its_own_key_only(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +259,7 @@ def test_keys_are_taken_out_of_errors(serving: Any, monkeypatch: pytest.MonkeyPa
     assert os.environ["EXEGETE_API_KEY"] == "plain.key.42"
 
 
-# -- what servers do not understand --------------------------------------------------------------------------------------
+# -- what servers do not understand -----------------------------------------------------------------------------------
 
 
 def test_a_model_that_wants_another_limit_gets_it_and_it_is_remembered(serving: Any) -> None:
@@ -318,7 +318,7 @@ def test_reasoning_is_left_out(text: str, answer: str) -> None:
     assert without_reasoning(text) == answer
 
 
-# -- the check -----------------------------------------------------------------------------------------------------------
+# -- the check --------------------------------------------------------------------------------------------------------
 
 
 def listing(*names: str) -> dict[str, Any]:
@@ -365,9 +365,11 @@ def test_a_server_that_lists_no_models_is_asked_for_a_chat(serving: Any, models:
 
 
 def test_what_is_no_model_server_at_all_is_refused(serving: Any) -> None:
-    with serving(lambda path, asked: (200, b"<html>hello</html>")) as (url, _):
-        with pytest.raises(LLMError, match="OpenAI-compatible"):
-            asyncio.run(client_of(url).check())
+    with (
+        serving(lambda path, asked: (200, b"<html>hello</html>")) as (url, _),
+        pytest.raises(LLMError, match="OpenAI-compatible"),
+    ):
+        asyncio.run(client_of(url).check())
 
 
 def test_one_client_serves_one_loop_after_another(serving: Any) -> None:

@@ -44,7 +44,7 @@ def sharp(**options: Any) -> SimulatedJudge:
     return SimulatedJudge(TABLE, **{"true_positive_rate": 1.0, "false_positive_rate": 0.0, **options})
 
 
-# -- scripted ------------------------------------------------------------------------------------------------------------
+# -- scripted ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_script_answers_in_order_and_keeps_what_was_asked() -> None:
@@ -68,7 +68,7 @@ def test_a_script_may_be_a_function_of_the_request() -> None:
     assert client.name == "loud"
 
 
-# -- the simulated judge ---------------------------------------------------------------------------------------------------
+# -- the simulated judge ----------------------------------------------------------------------------------------------
 
 
 def test_a_judge_without_errors_says_what_the_given_predicate_says() -> None:
@@ -198,7 +198,7 @@ def test_other_prompts_are_refused() -> None:
         ask(sharp(), ({"role": "user", "content": "hello"},))
 
 
-# -- behind HTTP -----------------------------------------------------------------------------------------------------------
+# -- behind HTTP ------------------------------------------------------------------------------------------------------
 
 
 def through_http(client: LLMClient, *requests: LLMRequest) -> list[LLMReply]:
@@ -247,7 +247,7 @@ def test_the_server_refuses_what_it_does_not_know() -> None:
         assert status(chat, b'{"messages": [], "model": "toy"}') == 500  # the script is empty
 
 
-# -- running many ------------------------------------------------------------------------------------------------------------
+# -- running many -----------------------------------------------------------------------------------------------------
 
 
 def test_results_are_never_formatted() -> None:

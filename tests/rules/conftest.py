@@ -64,13 +64,40 @@ def rules(ids: int) -> st.SearchStrategy[Rule]:
     return st.lists(clauses(ids), min_size=1, max_size=3).map(lambda c: Rule(tuple(c)))
 
 
-_WORDS = "alpha beta gamma delta eps zeta eta theta iota kappa lam mu nu xi omi pi rho sigma tau phi chi psi omega".split()
+_WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "eps",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lam",
+    "mu",
+    "nu",
+    "xi",
+    "omi",
+    "pi",
+    "rho",
+    "sigma",
+    "tau",
+    "phi",
+    "chi",
+    "psi",
+    "omega",
+]
 _PIECES = [
     *_WORDS,
     *(" " + w for w in _WORDS),
-    *"def class import return if for in self Self MAX Path TODO yield".split(),
+    *["def", "class", "import", "return", "if", "for", "in", "self", "Self", "MAX", "Path", "TODO", "yield"],
     *(f" {w}" for w in ("def", "in", "self", "Path", "MAX", "=", "==", "+", "the", "a", "of")),
-    *"0 1 2 3 4 5 6 7 8 9 ( ) [ ] { } , . : # \" ' _ - ing ed er".split(),
+    *"0123456789()[]{},.:#\"'_-",
+    "ing",
+    "ed",
+    "er",
     "):",
     "()",
     "\n",

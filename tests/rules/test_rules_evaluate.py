@@ -39,7 +39,9 @@ def firings_of(activations: Array) -> Firings:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=40).filter(lambda x: any(t for _, t in x))
+    st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=40).filter(
+        lambda pairs: any(truth for _, truth in pairs)
+    )
 )
 def test_average_precision_is_sklearns(pairs: list[tuple[int, bool]]) -> None:
     scores, truth = np.array([s for s, _ in pairs]) / 7, np.array([t for _, t in pairs])
@@ -159,7 +161,7 @@ def slow_baselines(data: SplitData, index: int) -> tuple[float, float, float, fl
     """Dense and obvious."""
     tables = {}
     for split in ("train", "test"):
-        rows, (fired,) = data.rows(split), data.firings([index], split)  # type: ignore[arg-type]
+        rows, (fired,) = data.rows(split), data.firings([index], split)
         truth = np.zeros(rows.tokens.shape, bool)
         truth[fired.rows, fired.positions] = True
         before = np.concatenate([np.full((len(rows), 1), 10_000), rows.tokens[:, :-1]], axis=1)

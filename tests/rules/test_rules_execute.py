@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import tokenize
 from collections.abc import Callable
 
@@ -119,9 +120,7 @@ def slow_class(name: str, row: list[int], t: int) -> bool:
 
 
 def slow_score(rule: Rule, row: list[int], t: int) -> float:
-    return max(
-        (c.precision for c in rule.clauses if all(slow_holds(k, row, t) for k in c.conditions)), default=0.0
-    )
+    return max((c.precision for c in rule.clauses if all(slow_holds(k, row, t) for k in c.conditions)), default=0.0)
 
 
 ROWS = st.integers(1, 3).flatmap(
@@ -231,7 +230,7 @@ def test_nesting_state_agrees_with_pythons_own_tokenizer() -> None:
 @given(text=st.text(alphabet="a \n()[]'\"#\\", max_size=40), cuts=st.sets(st.integers(1, 39)))
 def test_nesting_state_does_not_depend_on_how_text_is_cut_into_tokens(text: str, cuts: set[int]) -> None:
     edges = sorted({0, len(text), *(c for c in cuts if c < len(text))})
-    parts = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [text[a:b] for a, b in itertools.pairwise(edges)]
     if not parts:
         return
     whole = TokenContext(np.frombuffer(text.encode(), np.uint8)[None].astype(np.uint32), BYTES)
@@ -278,9 +277,7 @@ def test_nesting_state_does_not_depend_on_how_text_is_cut_into_tokens(text: str,
 def test_classes_are_what_they_are_called(name: str, members: list[str], others: list[str]) -> None:
     table = TokenTable([p.encode() for p in members + others])
     context = TokenContext(np.arange(len(table), dtype=np.uint32)[:, None], table)
-    np.testing.assert_array_equal(
-        holds(ClassAt(0, name), context), [True] * len(members) + [False] * len(others)
-    )
+    np.testing.assert_array_equal(holds(ClassAt(0, name), context), [True] * len(members) + [False] * len(others))
 
 
 def test_special_tokens_are_in_no_class_but_their_own() -> None:

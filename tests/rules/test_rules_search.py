@@ -156,14 +156,12 @@ def test_a_universe_holds_all_firings_and_stands_for_all_positions(universe: Uni
     assert universe.shared.base_mask[flat].all()
 
 
-def test_bits_of_a_universe_are_what_execution_says(
-    universe: Universe, ids_of: Callable[..., tuple[int, ...]]
-) -> None:
+def test_bits_of_a_universe_are_what_execution_says(universe: Universe, ids_of: Callable[..., tuple[int, ...]]) -> None:
     conditions = [
         *FLAGS,
         StateIs("bracket", negated=True),
         TokenAt(1, ids_of("alpha", ",")),
-        TokenAt(2, ids_of("(",), True),
+        TokenAt(2, ids_of("("), True),
         TokenWithin(7, ids_of("def", "import")),
         TokenWithin(3, ids_of("def"), True, True),
         PositionIn(3, 20),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,9 +15,9 @@ from exegete.llm.protocol import read_question
 from exegete.llm.scripted import ScriptedClient
 from exegete.scorers.detection import DetectionScorer
 from exegete.scorers.fuzzing import FuzzingScorer
-from exegete.scorers.judged import control_scores, own_scores
+from exegete.scorers.judged import Question, control_scores, own_scores
 from exegete.scorers.scorer import Scoring, scorers
-from exegete.types import Explanation, Judgement, LatentId, LLMReply, Score
+from exegete.types import Array, Explanation, Judgement, LatentId, LLMReply, Score
 from exegete.views import Donor, LatentView
 
 LATENT = LatentId(coder="c", index=3)
@@ -38,6 +39,11 @@ def with_llm(view: LatentView, llm: Any) -> LatentView:
     return LatentView(latent=view.latent, tokens=view.tokens, examples=view.examples, donors=view.donors, llm=llm)
 
 
+def marked(question: Question) -> Array:
+    assert question.item.marks is not None
+    return question.item.marks
+
+
 def judgement(truth: bool, prediction: bool | None, status: str = "ok") -> Judgement:
     return Judgement(
         row=0,
@@ -50,7 +56,7 @@ def judgement(truth: bool, prediction: bool | None, status: str = "ok") -> Judge
     )
 
 
-# -- scores from judgements ----------------------------------------------------------------------------------------------
+# -- scores from judgements -------------------------------------------------------------------------------------------
 
 
 def test_scores_are_those_of_the_metrics_and_failures_are_counted_not_scored() -> None:
@@ -99,7 +105,7 @@ def test_the_null_is_the_mean_over_donors_with_students_interval_over_them() -> 
     score = found["balanced_accuracy"]
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
     assert score.value == pytest.approx(np.mean(values))
-    assert (score.low, score.high) == (pytest.approx(low), pytest.approx(high))
+    assert [score.low, score.high] == pytest.approx([low, high])
     assert (score.control, score.method) == ("other_latent", "t over 3 donors")
     assert (score.n_total, score.n_scored, score.n_failed) == (62, 60, 2)
     assert set(found) == METRICS
@@ -119,7 +125,7 @@ def test_fewer_than_two_donors_make_no_null_and_say_so(controls: list[list[Judge
         assert score.n_total == sum(map(len, controls))
 
 
-# -- with the executed rule ------------------------------------------------------------------------------------------------
+# -- with the executed rule -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["detection", "fuzzing"])
@@ -208,34 +214,43 @@ def test_free_text_without_a_language_model_is_refused(world: Any) -> None:
         one(DetectionScorer(judge="llm"), world.explanation(3), world.view(3))
 
 
-# -- fuzzing -----------------------------------------------------------------------------------------------------------------
+# -- fuzzing ----------------------------------------------------------------------------------------------------------
 
 
 def test_fuzzing_marks_are_the_true_ones_or_a_firing_windows_whole_pattern(world: Any) -> None:
     view = world.view(3, n_fire=20, n_silent=20)
-    questions = FuzzingScorer().questions(view)
+    questions = FuzzingScorer(threshold=0.3).questions(view)
     patterns = {marks(q.example).tobytes() for q in questions if q.example.fires}
     for q in questions:
         if q.example.fires:
-            assert np.array_equal(q.item.marks, q.example.activations > 0.3 * q.example.maximum)
+            assert np.array_equal(marked(q), q.example.activations > 0.3 * q.example.maximum)
         else:
-            assert q.item.marks.tobytes() in patterns
-    dealt = sorted(q.item.marks.tobytes() for q in questions if not q.example.fires)
-    assert dealt == sorted(q.item.marks.tobytes() for q in questions if q.example.fires)
+            assert marked(q).tobytes() in patterns
+    dealt = sorted(marked(q).tobytes() for q in questions if not q.example.fires)
+    assert dealt == sorted(marked(q).tobytes() for q in questions if q.example.fires)
 
 
 def test_silent_windows_are_not_all_marked_at_the_same_places(world: Any) -> None:
     # papers: random.seed(22) inside the bracket routine
     questions = FuzzingScorer().questions(world.view(3))
-    assert len({q.item.marks.tobytes() for q in questions if not q.example.fires}) > 5
+    assert len({marked(q).tobytes() for q in questions if not q.example.fires}) > 5
     others = FuzzingScorer().questions(world.view(3, seed=4))
-    assert [q.item.marks.tobytes() for q in others] != [q.item.marks.tobytes() for q in questions]
+    assert [marked(q).tobytes() for q in others] != [marked(q).tobytes() for q in questions]
+
+
+def test_an_executed_rule_is_shown_every_firing_position_and_a_language_model_the_strong_ones(world: Any) -> None:
+    executed = world.view(3)
+    asked = dataclasses.replace(executed, llm=ScriptedClient(["[]"]))
+    for view, threshold in ((executed, 0.0), (asked, 0.3)):
+        for q in FuzzingScorer().questions(view):
+            if q.example.fires:
+                assert np.array_equal(marked(q), q.example.activations > threshold * q.example.maximum)
 
 
 def test_the_threshold_moves_marks_alone(world: Any) -> None:
     view = world.view(3)
-    wide = {q.example.row: q.item.marks for q in FuzzingScorer(threshold=0.0).questions(view)}
-    narrow = {q.example.row: q.item.marks for q in FuzzingScorer(threshold=0.9).questions(view)}
+    wide = {q.example.row: marked(q) for q in FuzzingScorer(threshold=0.0).questions(view)}
+    narrow = {q.example.row: marked(q) for q in FuzzingScorer(threshold=0.9).questions(view)}
     firing = [e for e in view.examples.part("test") if e.fires]
     assert all(np.array_equal(wide[e.row], e.activations > 0) for e in firing)
     assert sum(narrow[e.row].sum() for e in firing) < sum(wide[e.row].sum() for e in firing)
@@ -249,7 +264,7 @@ def test_a_latent_without_silent_windows_has_sensitivity_only(world: Any) -> Non
     assert math.isnan(pick(scoring).value)
 
 
-# -- with a language model -----------------------------------------------------------------------------------------------------
+# -- with a language model --------------------------------------------------------------------------------------------
 
 
 def test_with_a_language_model_the_judge_is_the_language_model(world: Any) -> None:
@@ -295,7 +310,7 @@ def test_each_item_gets_its_own_scoring(world: Any) -> None:
     assert list(DetectionScorer().score([])) == []
 
 
-# -- specs ---------------------------------------------------------------------------------------------------------------------
+# -- specs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from exegete.rules.language import Clause, PositionIn, Rule, TokenAt
 from exegete.scorers.judge import Item, LLMJudge, RuleJudge, Verdict, parse_verdicts
 from exegete.types import Explanation, LatentId, LLMReply, LLMRequest
 
-# -- reading replies ---------------------------------------------------------------------------------------------------
+# -- reading replies --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_every_list_survives_the_round_trip(verdicts: list[bool], around: str) -
     assert parse_verdicts(around.format([int(v) for v in verdicts]), len(verdicts)) == verdicts
 
 
-# -- a language model as the judge ---------------------------------------------------------------------------------------
+# -- a language model as the judge ------------------------------------------------------------------------------------
 
 
 def explanation(text: str = "an explanation", program: Any = None) -> Explanation:
@@ -199,7 +199,7 @@ def test_a_request_holds_at_least_one_example(world: Any) -> None:
         judge_with(ScriptedClient([]), world, per_request=0)
 
 
-# -- the executed rule as the judge ---------------------------------------------------------------------------------------
+# -- the executed rule as the judge -----------------------------------------------------------------------------------
 
 
 def rule(*tokens: int) -> Explanation:
@@ -251,7 +251,7 @@ def test_a_panel_equals_its_members_one_by_one_and_a_slow_loop(world: Any) -> No
     sets = [set(rng.choice(np.arange(1, 30), 12, replace=False).tolist()) for _ in range(4)]
     rules = [rule(*sorted(chosen)) for chosen in sets]
     for kind in ("detection", "fuzzing"):
-        judge = RuleJudge(kind, world.table)  # type: ignore[arg-type]
+        judge = RuleJudge(kind, world.table)
         together = asyncio.run(judge.panel(rules, given_items))
         assert together == [ask(judge, r, given_items) for r in rules]
         for chosen, verdicts in zip(sets, together, strict=True):

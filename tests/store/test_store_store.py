@@ -281,6 +281,6 @@ def test_reading_needs_neither_torch_nor_transformers_nor_scipy(corpus: Corpus) 
         "from exegete.store import Store\n"
         f"store = Store.open({str(corpus.folder.parent / 'plain')!r})\n"
         "assert store.stats([0])[0].count == len(store.firings(0)) > 0\n"
-        "import exegete.collect\n"
+        "import exegete.collecting\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

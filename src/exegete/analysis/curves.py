@@ -36,12 +36,12 @@ def judged_curves(
         shares: dict[tuple[bool, str], list[float]] = {}
         for _, columns in results.judgement_columns(coder, scorer, control=control, explainer=explainer):
             judged = columns.prediction >= 0
-            right = (columns.prediction == 1) == columns.truth
-            for number, stratum in enumerate(columns.strata):
-                for truth in (True, False):
-                    mine = judged & (columns.stratum == number) & (columns.truth == truth)
-                    if mine.any():
-                        shares.setdefault((truth, stratum), []).append(float(right[mine].mean()))
+            place = 2 * columns.stratum.astype(np.int64)[judged] + columns.truth[judged]
+            right = (columns.prediction == columns.truth)[judged]
+            n = np.bincount(place, minlength=2 * len(columns.strata))
+            hits = np.bincount(place, weights=right, minlength=2 * len(columns.strata))
+            for i in np.flatnonzero(n).tolist():
+                shares.setdefault((bool(i % 2), columns.strata[i // 2]), []).append(float(hits[i] / n[i]))
         for truth in (True, False):
             names = sorted((name for t, name in shares if t == truth), key=stratum_order)
             points = tuple(

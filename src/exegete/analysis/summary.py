@@ -104,6 +104,8 @@ class _Latents:
 
 def _coder(results: Results, latents: _Latents, name: str) -> CoderSummary:
     base, role = split_name(name)
+    # Counts over the whole coder; the table of latents may hold only those that were drawn.
+    about = results.get_meta(f"coder {name}") or {}
     skips = Counter((s.stage, s.reason) for s in results.skips(name))
     explainers = tuple(_explainer(results, latents, name, key, kind) for key, kind in results.explainers(name))
     explained = {e.latent for e in results.explanations(name).values() if e.status == "ok"}
@@ -111,8 +113,8 @@ def _coder(results: Results, latents: _Latents, name: str) -> CoderSummary:
         name=name,
         base=base,
         role=role,
-        n_latents=latents.count(name),
-        n_alive=latents.count(name, "alive"),
+        n_latents=int(about.get("width", latents.count(name))),
+        n_alive=int(about.get("alive", latents.count(name, "alive"))),
         n_selected=latents.count(name, "selected"),
         n_explained=len(explained),
         skipped=tuple((stage, reason, n) for (stage, reason), n in sorted(skips.items())),

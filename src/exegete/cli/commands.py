@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _collect(options: argparse.Namespace) -> int:
     from exegete.pipeline import Pipeline, prepare
-    from exegete.run import Run
+    from exegete.runs import Run
 
     config = _config(options)
     prepared = prepare(config)
@@ -95,7 +95,7 @@ def _score(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from exegete.files import RunLock
     from exegete.pipeline import report
-    from exegete.run import open_run
+    from exegete.runs import open_run
 
     made = open_run(options.run)
     with RunLock(made.folder):
@@ -105,7 +105,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from exegete.run import open_run
+    from exegete.runs import open_run
     from exegete.status import status_of, status_text
 
     found = status_of(open_run(options.run))
@@ -117,7 +117,7 @@ def _open(options: argparse.Namespace) -> tuple[Any, Any]:
     """Return the pipeline of an existing run with the options laid over its configuration, and its LLM."""
     from exegete.llm.openai_api import client_from_spec
     from exegete.pipeline import Pipeline, check_llm
-    from exegete.run import open_run
+    from exegete.runs import open_run
 
     made = open_run(options.run)
     config = RunConfig.from_dict(merge(made.config.to_dict(), given(options)))

@@ -19,6 +19,7 @@ from exegete.config import RunConfig
 
 _FLAGS = {
     "latents.count": "latents",
+    "latents.null_count": "null-latents",
     "latents.indices": "latent-indices",
     "llm.timeout": "llm-timeout",
 }
@@ -86,7 +87,7 @@ def build_parser() -> Parser:
 
     demo = command("demo", "Run the whole pipeline on the embedded default: no network, GPU or key.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
-    _add_settings(demo, only={"latents.count", "corpus.max_tokens", "seed", "llm.llm", "explainer", "collect.threads"})
+    _add_settings(demo, only={"latents.count", "latents.null_count", "corpus.max_tokens", "seed", "llm.llm", "explainer", "collect.threads"})
 
     run = command("run", "Collect, select, explain, score and report; continues what was begun.")
     run.add_argument("what", nargs="+", metavar="CONFIG.yaml | MODEL CODER", help="a configuration file, or a model "

@@ -5,13 +5,14 @@ Everything here ships in the package, so that ``exegete demo`` runs with no netw
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from exegete.config import RunConfig, merge
-from exegete.demo.stdlib import source_files, stdlib_root
+from exegete.demo.stdlib import corpus_files, stdlib_root
 
 HOOKPOINTS = ("layers.2", "layers.2.mlp")
 
@@ -31,7 +32,7 @@ def demo_config(changes: Mapping[str, Any] | None = None) -> RunConfig:
         "scorers": ["detection", "fuzzing", "execution"],
         "nulls": ["random_coder", "random_subject"],
         "corpus": {"text": ["stdlib"], "max_tokens": 1_200_000},
-        "latents": {"count": 288},
+        "latents": {"count": 272, "null_count": 128},
         "examples": {"min_test": 20},
     }
     return RunConfig.from_dict(merge(base, changes or {}))
@@ -39,8 +40,11 @@ def demo_config(changes: Mapping[str, Any] | None = None) -> RunConfig:
 
 def describe_corpus() -> str:
     """Say which text the demo runs on."""
-    sides: dict[str, list[int]] = {}
-    for file in source_files():
-        sides.setdefault(file.side, []).append(len(file.text.encode()))
-    parts = [f"{len(v)} {side.replace('_', '-')} files ({sum(v) / 1e6:.1f} MB)" for side, v in sorted(sides.items())]
-    return f"corpus: the standard library at {stdlib_root()}: {', '.join(parts)}"
+    sizes: dict[str, list[int]] = {"train": [], "held_out": []}
+    for file in corpus_files():
+        sizes[file.side].append(len(file.text.encode()))
+    train, test = (f"{len(v)} files, {sum(v) / 1e6:.1f} MB" for v in sizes.values())
+    return (
+        f"corpus: Python {platform.python_version()}'s standard library at {stdlib_root()}: {train} to explain from, "
+        f"{test} held out (the models never saw them); test folders, tables and near copies left out"
+    )

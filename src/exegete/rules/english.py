@@ -10,7 +10,6 @@ name (special, empty, or one of several with the same bytes) is written as its i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from decimal import Decimal
 from typing import NoReturn, final
 
@@ -180,7 +179,9 @@ class _Reader:
         if found := self.match(_WITHIN):
             return TokenWithin(int(found[2]), self.tokens(), found[1] is not None, negated)
         if found := self.match(_PLACE):
-            return self.spaced(lambda: TokenOf(_PLACE_NAMES[found[0]], self.tokens(), negated))
+            if not self.take(" "):
+                self.fail()
+            return TokenOf(_PLACE_NAMES[found[0]], self.tokens(), negated)
         if found := self.match(_STATE):
             return StateIs(_STATE_NAMES[found[0]], self.take(_AFTER), negated)
         if found := self.match(_RANGE):
@@ -193,11 +194,6 @@ class _Reader:
                 return ClassAt(offset, _CLASS_NAMES[named[0]], negated)
             return TokenAt(offset, self.tokens(), negated)
         self.fail()
-
-    def spaced(self, read: Callable[[], Condition]) -> Condition:
-        if not self.take(" "):
-            self.fail()
-        return read()
 
     def clause(self) -> Clause:
         conditions = [self.condition()]

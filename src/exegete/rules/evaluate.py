@@ -163,6 +163,4 @@ def evaluate_many(
     """
     shared = context_of(data, split) if context is None else context
     firings = data.firings(list(indices), split)
-    return [
-        None if rule is None else evaluate(rule, fired, shared) for rule, fired in zip(rules, firings, strict=True)
-    ]
+    return [None if rule is None else evaluate(rule, fired, shared) for rule, fired in zip(rules, firings, strict=True)]

@@ -137,7 +137,8 @@ class TokenContext:
         continued = joins & self.shifted(self.words.ends[self.flat], 1, 0)
         bits |= continued.astype(np.uint32) << np.uint32(CLASS_BITS["continuation"])
         starts = (bits >> np.uint32(CLASS_BITS["word"])) & np.uint32(1) & ~continued
-        return bits | (starts << np.uint32(CLASS_BITS["word_start"]))
+        bits |= starts << np.uint32(CLASS_BITS["word_start"])
+        return np.asarray(bits)
 
     @cached_property
     def index(self) -> tuple[Array, Array]:

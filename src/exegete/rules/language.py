@@ -152,8 +152,8 @@ class TokenOf(Condition):
     """The token at a named place is one of ``tokens``.
 
     Places: ``line`` the first token of the current line (the current token itself when it is first); ``break`` the
-    token with the line break before the current line (special tokens break lines too); ``opener`` the token that opened the innermost bracket still
-    open before the current token; ``called`` the token right before that one.
+    token with the line break before the current line (special tokens break lines too); ``opener`` the token that opened
+    the innermost bracket still open before the current token; ``called`` the token right before that one.
     """
 
     place: str
@@ -272,9 +272,7 @@ class Rule:
     clauses: tuple[Clause, ...]
 
     def __post_init__(self) -> None:
-        _check(
-            0 < len(self.clauses) <= MAX_CLAUSES, f"a rule has 1 to {MAX_CLAUSES} clauses, got {len(self.clauses)}"
-        )
+        _check(0 < len(self.clauses) <= MAX_CLAUSES, f"a rule has 1 to {MAX_CLAUSES} clauses, got {len(self.clauses)}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the rule as JSON data that ``from_json`` reads back."""

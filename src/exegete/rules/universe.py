@@ -101,6 +101,7 @@ class Universe:
         self.split = len(parts[0])  # firings lie before
         self.weight = np.repeat(np.array(self.weights), [len(p) for p in parts]) * self.valid
         self.all = pack(self.valid)
+        self.n_valid = int(np.count_nonzero(self.valid))
         self.places = np.stack([context.place(p)[self.flat] for p in PLACE_ORDER]).astype(np.int64)
         self.codes = self.places + np.arange(len(PLACE_ORDER))[:, None] * shared.ids
         self.columns = context.columns[self.flat]

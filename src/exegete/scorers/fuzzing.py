@@ -20,18 +20,22 @@ from exegete.types import Example
 from exegete.views import LatentView
 
 
+LLM_THRESHOLD = 0.3
+RULE_THRESHOLD = 0.0
+
+
 @final
 class FuzzingScorer(JudgedScorer):
     """Shows test windows with marks; positives are marked where the latent fires.
 
     ``threshold`` is the one threshold of this scorer: true marks and transplanted ones stand where an activation
-    exceeds that share of its window's maximum (0: wherever the latent fires). A rule states where the latent fires at
-    all, so every true mark is among its targets, and it is asked for a match at every mark.
+    exceeds that share of its window's maximum. Left open, it is the paper's 0.3 for a language model, which is shown
+    explanations written from such marks, and 0 (wherever the latent fires) for the executed rule, whose target that is.
     """
 
-    def __init__(self, *, threshold: float = 0.3, judge: JudgeChoice = "auto", per_request: int = 5) -> None:
+    def __init__(self, *, threshold: float | None = None, judge: JudgeChoice = "auto", per_request: int = 5) -> None:
         super().__init__(judge=judge, per_request=per_request)
-        if not 0.0 <= threshold < 1.0:
+        if threshold is not None and not 0.0 <= threshold < 1.0:
             raise ConfigError(f"threshold is a share of a window's maximum, at least 0 and below 1, got {threshold}")
         self._threshold = threshold
 
@@ -48,5 +52,8 @@ class FuzzingScorer(JudgedScorer):
         firing = [e for e in examples if e.fires]
         silent = [e for e in examples if not e.fires]
         rng = stream(view.examples.seed, view.latent, "fuzzing", "marks")
-        moved = iter(transplant_marks(silent, firing, rng, self._threshold) if silent else ())
-        return [Item(tokens=e.tokens, marks=marks(e, self._threshold) if e.fires else next(moved)) for e in examples]
+        threshold = self._threshold
+        if threshold is None:
+            threshold = RULE_THRESHOLD if self.executes(view) else LLM_THRESHOLD
+        moved = iter(transplant_marks(silent, firing, rng, threshold) if silent else ())
+        return [Item(tokens=e.tokens, marks=marks(e, threshold) if e.fires else next(moved)) for e in examples]

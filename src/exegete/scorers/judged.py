@@ -107,8 +107,12 @@ class JudgedScorer(Scorer, ABC):
         for _, scoring in run_limited(items, work, concurrency, finish):
             yield scoring
 
+    def executes(self, view: LatentView) -> bool:
+        """Say whether the judge of a view's explanation is its own program, executed."""
+        return self._judge == "rule" or (self._judge == "auto" and view.llm is None)
+
     def _choose(self, explanation: Explanation, view: LatentView, gate: asyncio.Semaphore) -> Judge:
-        if self._judge == "llm" or (self._judge == "auto" and view.llm is not None):
+        if not self.executes(view):
             return LLMJudge(view.require_llm(), self.kind, view.tokens, per_request=self._per_request, gate=gate)
         if explanation.program is None:
             raise InputError(

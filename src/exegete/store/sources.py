@@ -26,7 +26,6 @@ _TEXT = _suffixes(
     "php swift kt scala sh lua pl r jl hs ml sql css"
 )
 _BINARY = _suffixes("parquet arrow gz bz2 xz zst zip tar npy npz bin safetensors pt pkl pdf")
-_TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 
 
 @final
@@ -121,9 +120,7 @@ def _line_documents(path: Path, column: str) -> Iterator[TextDocument]:
 
 
 def _stdlib_documents() -> Iterator[TextDocument]:
-    from exegete.demo.stdlib import source_files
+    from exegete.demo.stdlib import corpus_files
 
-    for source in source_files():
-        if source.side == "excluded" or _TEST_FOLDERS.intersection(source.key.split("/")[:-1]):
-            continue
+    for source in corpus_files():
         yield TextDocument(key=source.key, text=source.text, split="test" if source.side == "held_out" else "train")

@@ -194,7 +194,7 @@ def _check_folder(folder: Path, spec: str, remote_code: bool) -> None:
         if "auto_map" in settings and not remote_code:
             raise InputError(
                 f"{spec!r} asks to run its own Python code (auto_map in {name}); read that code, then allow it with "
-                f"remote_code=True (--collect.remote-code), or remove auto_map to use the built-in classes"
+                f"remote_code=True (--remote-code), or remove auto_map to use the built-in classes"
             )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from exegete.coders.coder import SparseCoder
-from exegete.collect import collect_firings
+from exegete.collecting import collect_firings
 from exegete.config import CollectConfig, CorpusConfig
 from exegete.errors import BusyError, CorruptError, InputError, MismatchError
 from exegete.files import RunLock, fault_hook
@@ -23,7 +23,7 @@ from exegete.store.values import decode_values, encode_values
 from exegete.tokens import TokenTable
 from exegete.types import Array, Side, SparseCode
 
-MODULE = importlib.import_module("exegete.collect")
+MODULE = importlib.import_module("exegete.collecting")
 D, WIDTH, K, LENGTH = 6, 20, 3, 8
 TABLE = TokenTable([bytes([i]) for i in range(128)], special=[0])
 
