@@ -36,7 +36,18 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 def toy_arguments(toy: Path, out: Path) -> list[str]:
     text = ["--text", str(toy / "text.jsonl"), "--row-length", "64", "--window", "8"]
     sizes = ["--n-train", "12", "--n-test", "12", "--n-negatives", "12", "--min-train", "2", "--min-test", "2"]
-    return [str(toy / "model"), str(toy / "coders"), *text, *sizes, "--latents", "4", "--donors", "2", "--out", str(out)]
+    return [
+        str(toy / "model"),
+        str(toy / "coders"),
+        *text,
+        *sizes,
+        "--latents",
+        "4",
+        "--donors",
+        "2",
+        "--out",
+        str(out),
+    ]
 
 
 def test_help_is_quick_and_names_every_command() -> None:
@@ -68,7 +79,11 @@ def test_flags_become_settings() -> None:
         ["run", "m", "c", "--out", "o", "--latents", "7", "--max-tokens", "500k", "--window", "16", "--no-bos"]
     )
     nested = given(options)
-    assert nested == {"latents": {"count": 7}, "corpus": {"max_tokens": 500_000, "bos": False}, "examples": {"window": 16}}
+    assert nested == {
+        "latents": {"count": 7},
+        "corpus": {"max_tokens": 500_000, "bos": False},
+        "examples": {"window": 16},
+    }
     assert RunConfig.from_dict(nested).corpus.bos is False
 
 
@@ -191,7 +206,7 @@ def test_hostile_files_do_no_harm(toy_folder: Path, tmp_path: Path, capsys: pyte
 
 
 def test_a_corpus_of_html_and_bidi_marks_is_escaped(toy_folder: Path, tmp_path: Path) -> None:
-    nasty = "<script>alert(1)</script> <img src=x onerror=alert(2)> \u202eevil\u202c \u2066x\u2069 & \"quotes\" "
+    nasty = '<script>alert(1)</script> <img src=x onerror=alert(2)> \u202eevil\u202c \u2066x\u2069 & "quotes" '
     text = tmp_path / "nasty.jsonl"
     text.write_text("".join(json.dumps({"text": nasty * (4 + i % 3)}) + "\n" for i in range(30)))
     arguments = toy_arguments(toy_folder, tmp_path / "run")

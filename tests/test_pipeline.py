@@ -141,11 +141,12 @@ def test_kill_9_at_random_moments_changes_nothing(whole: Run, toy_folder: Path, 
 
 def test_a_change_under_existing_output_is_refused_with_the_difference(whole: Run, toy_folder: Path) -> None:
     before = fingerprint(whole)
-    for changes, words in [
+    cases: list[tuple[dict[str, Any], list[str]]] = [
         ({"examples": {"window": 16}}, ["examples.window", "8", "16"]),
         ({"corpus": {"row_length": 32}}, ["corpus.row_length", "64", "32"]),
         ({"seed": 1}, ["seed"]),
-    ]:
+    ]
+    for changes, words in cases:
         with pytest.raises(MismatchError) as caught:
             run_pipeline(config(toy_folder, **changes), whole.folder)
         for word in words:
@@ -157,8 +158,12 @@ def test_more_latents_extend_the_draw(whole: Run, toy_folder: Path, tmp_path: Pa
     folder = tmp_path / "run"
     shutil.copytree(whole.folder, folder)
     grown = run_pipeline(config(toy_folder, latents={"count": 8}), folder)
-    first = {(c, i) for c, i in zip(whole.table("explanations")["coder"], whole.table("explanations")["idx"], strict=True)}
-    after = {(c, i) for c, i in zip(grown.table("explanations")["coder"], grown.table("explanations")["idx"], strict=True)}
+    first = {
+        (c, i) for c, i in zip(whole.table("explanations")["coder"], whole.table("explanations")["idx"], strict=True)
+    }
+    after = {
+        (c, i) for c, i in zip(grown.table("explanations")["coder"], grown.table("explanations")["idx"], strict=True)
+    }
     assert first < after
 
 

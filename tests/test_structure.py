@@ -123,6 +123,6 @@ def test_every_public_class_is_abstract_or_final() -> None:
             bases = {ast.unparse(base) for base in node.bases}
             marks = {ast.unparse(mark).split("(")[0] for mark in node.decorator_list}
             errors = any(base.endswith(("Error", "Exception")) for base in bases)
-            assert "final" in marks or errors or bases & {"ABC", "Protocol", "NamedTuple"} or "Protocol" in str(
-                bases
+            assert (
+                "final" in marks or errors or bases & {"ABC", "Protocol", "NamedTuple"} or "Protocol" in str(bases)
             ), f"{path.name}: {node.name}"

@@ -154,9 +154,7 @@ def test_arrays_of_unlike_shape_are_refused() -> None:
     with pytest.raises(InputError):
         Rows(tokens=np.zeros(3), documents=np.zeros(3), mask=np.zeros(3))
     with pytest.raises(InputError):
-        Firings(
-            latent=LatentId(coder="c", index=0), rows=np.zeros(2), positions=np.zeros(2), values=np.zeros(3)
-        )
+        Firings(latent=LatentId(coder="c", index=0), rows=np.zeros(2), positions=np.zeros(2), values=np.zeros(3))
     with pytest.raises(InputError):
         SparseCode(indices=np.zeros((2, 2)), values=np.zeros((2, 3)), width=4)
 

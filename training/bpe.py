@@ -9,9 +9,10 @@ import argparse
 import random
 from pathlib import Path
 
-from text import training_files
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from text import training_files
 
 BOS = "<|begin|>"
 # A line break takes the indentation after it along; words, single digits and punctuation stand apart.

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from text import documents, encode, training_files
 from transformers import AutoModelForCausalLM
+
+from text import documents, encode, training_files
 
 HOOKPOINTS = ("layers.2", "layers.2.mlp")
 ROW = 256
@@ -50,7 +51,7 @@ def activations(model: torch.nn.Module, rows: torch.Tensor) -> dict[str, torch.T
         return keep
 
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    for chunk in rows.split(32):
+    for chunk in torch.split(rows, 32):
         inner(input_ids=chunk, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -92,7 +93,7 @@ def measure(coder: TopK, x: torch.Tensor) -> dict[str, float]:
     mean = x.float().mean(0)
     error = total = 0.0
     counts = torch.zeros(len(coder.W_dec))
-    for chunk in x.split(8192):
+    for chunk in torch.split(x, 8192):
         batch = chunk.float()
         values, indices = coder.code(batch)
         error += float((batch - coder.decode(values, indices)).square().sum())
@@ -139,10 +140,11 @@ def train(x: torch.Tensor, held: torch.Tensor, checkpoint: Path, arguments: argp
             extra, which = masked.relu().topk(count, sorted=False)
             guess = torch.nn.functional.embedding_bag(which, coder.W_dec, per_sample_weights=extra, mode="sum")
             loss = loss + (error.detach() - guess).square().mean() / scale**2 / 16
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            along = (coder.W_dec.grad * coder.W_dec).sum(1, keepdim=True)
-            coder.W_dec.grad -= along * coder.W_dec  # type: ignore[operator]
+            slope = coder.W_dec.grad
+            assert slope is not None
+            slope -= (slope * coder.W_dec).sum(1, keepdim=True) * coder.W_dec
         torch.nn.utils.clip_grad_norm_(coder.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

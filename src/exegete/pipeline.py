@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 RANDOM_CODER = "@random-coder"
 RANDOM_SUBJECT = "@random-subject"
 PAGES = 300  # latent pages per coder in a report; beyond, the best, the worst, and some evenly between
-_BLOCK = 32  # latents explained and committed together; a stop loses at most the block under way
+_BLOCK = 256  # latents in memory together; each is committed as soon as it is ready
 
 
 @final
@@ -334,7 +334,9 @@ class Pipeline:
     def _settings(self) -> dict[str, Any]:
         """Return the settings that existing output rests on."""
         data = self.config.to_dict()
-        under = {name: data[name] for name in ("subject", "coder", "hookpoints", "seed", "corpus", "collect", "examples")}
+        under = {
+            name: data[name] for name in ("subject", "coder", "hookpoints", "seed", "corpus", "collect", "examples")
+        }
         under["collect"] = {k: v for k, v in under["collect"].items() if k in ("dtype", "batch_tokens")}
         return under
 

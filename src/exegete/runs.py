@@ -119,7 +119,9 @@ class Run:
             self.data(coder, settings), indices, config=settings.examples, coder=coder, seed=settings.seed
         )
 
-    def latent(self, coder: str, index: int, *, llm: LLMClient | None = None, donors: tuple[Donor, ...] = ()) -> LatentView:
+    def latent(
+        self, coder: str, index: int, *, llm: LLMClient | None = None, donors: tuple[Donor, ...] = ()
+    ) -> LatentView:
         """Return one latent as explainers and scorers see it. Raises InputError when it has too few examples."""
         data = self.data(coder)
         chosen = self.select(coder, [index])[0]

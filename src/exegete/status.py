@@ -15,7 +15,11 @@ def status_of(run: Run) -> dict[str, Any]:
     for name in run.coders():
         manifest = run.store(name).manifest
         rows = sum(s.row_stop - s.row_start for s in manifest.shards)
-        coders[name] = {"rows": rows, "complete": manifest.complete, "firings": sum(s.n_firings for s in manifest.shards)}
+        coders[name] = {
+            "rows": rows,
+            "complete": manifest.complete,
+            "firings": sum(s.n_firings for s in manifest.shards),
+        }
     if (run.folder / "results.db").is_file():
         _count_results(run, coders)
     return {"run": str(run.folder), "corpus": corpus, "coders": coders, "report": run.report_path.is_file()}

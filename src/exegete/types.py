@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
-import numpy as np
 import numpy.typing as npt
 
 from exegete.errors import InputError

@@ -67,7 +67,7 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
 
 def build_parser() -> Parser:
     """Return the parser of every command."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("-v", "--verbose", action="count", default=0, help="say more (-vv for everything)")
     common.add_argument("-q", "--quiet", action="count", default=0, help="say less; no progress bars")
     parser = Parser(
@@ -87,11 +87,26 @@ def build_parser() -> Parser:
 
     demo = command("demo", "Run the whole pipeline on the embedded default: no network, GPU or key.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
-    _add_settings(demo, only={"latents.count", "latents.null_count", "corpus.max_tokens", "seed", "llm.llm", "explainer", "collect.threads"})
+    _add_settings(
+        demo,
+        only={
+            "latents.count",
+            "latents.null_count",
+            "corpus.max_tokens",
+            "seed",
+            "llm.llm",
+            "explainer",
+            "collect.threads",
+        },
+    )
 
     run = command("run", "Collect, select, explain, score and report; continues what was begun.")
-    run.add_argument("what", nargs="+", metavar="CONFIG.yaml | MODEL CODER", help="a configuration file, or a model "
-                     "and one or more coders (hub ids or folders)")
+    run.add_argument(
+        "what",
+        nargs="+",
+        metavar="CONFIG.yaml | MODEL CODER",
+        help="a configuration file, or a model and one or more coders (hub ids or folders)",
+    )
     run.add_argument("--out", type=Path, required=True, help="run folder")
     _add_settings(run)
 
@@ -117,7 +132,9 @@ def build_parser() -> Parser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser, *, groups: tuple[str, ...] = ("",), only: set[str] | None = None) -> None:
+def _add_settings(
+    parser: argparse.ArgumentParser, *, groups: tuple[str, ...] = ("",), only: set[str] | None = None
+) -> None:
     chosen = groups if only is None else tuple(g for g in groups if g)
     for name, flag, hint, text in fields():
         wanted = (only is not None and name in only) or any(name.startswith(g) for g in chosen)
@@ -161,7 +178,9 @@ def _integer(text: str) -> int:
 
 def _groups() -> list[tuple[str, type[Any]]]:
     hints = typing.get_type_hints(RunConfig)
-    inner = [(f"{f.name}.", hints[f.name]) for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(hints[f.name])]
+    inner = [
+        (f"{f.name}.", hints[f.name]) for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(hints[f.name])
+    ]
     return [("", RunConfig), *inner]
 
 

@@ -31,7 +31,7 @@ def demo_config(changes: Mapping[str, Any] | None = None) -> RunConfig:
         "explainer": "rule",
         "scorers": ["detection", "fuzzing", "execution"],
         "nulls": ["random_coder", "random_subject"],
-        "corpus": {"text": ["stdlib"], "max_tokens": 1_200_000},
+        "corpus": {"text": ["stdlib"], "max_tokens": 700_000},
         "latents": {"count": 272, "null_count": 128},
         "examples": {"min_test": 20},
     }

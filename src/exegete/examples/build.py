@@ -15,6 +15,7 @@ from exegete.examples.negatives import draw_silent
 from exegete.examples.select import STRATA, Draw, draw
 from exegete.examples.split import CODES, CorpusLike
 from exegete.examples.windows import Frame, activations, centred, fires_per_window, frame, ordered
+from exegete.store.store import Store
 from exegete.streams import stream
 from exegete.tokens import TokenTable
 from exegete.types import Array, Example, ExampleSet, Firings, LatentId, Rows, Skipped, Split
@@ -64,7 +65,8 @@ class StoreData(SplitData):
     """A store whose rows are split by document.
 
     A document whose rows lie on both sides of a cut (``split_rows`` cuts only when there are few documents) counts
-    as one document per row from here on, numbered after all others: no two splits share a document.
+    as one document per row from here on, numbered after all others: no two splits share a document. ``store`` and
+    ``row_split`` are what it was made from, ``folder`` where the store lies on disk, None when it does not.
     """
 
     def __init__(self, store: FiringSource, row_split: Array) -> None:
@@ -72,7 +74,9 @@ class StoreData(SplitData):
         owners = np.asarray(store.corpus.row_documents)
         if row_split.shape != owners.shape:
             raise MismatchError(f"a split of shape {row_split.shape} does not fit a corpus of {len(owners)} rows")
-        self._store = store
+        self.store: Final = store
+        self.row_split: Final = row_split
+        self.folder: Final = store.folder.resolve() if isinstance(store, Store) else None
         self._numbers = {split: np.flatnonzero(row_split == code) for split, code in CODES.items()}
         self._places = {split: _inverse(numbers, len(row_split)) for split, numbers in self._numbers.items()}
         self._rows: dict[Split, Rows] = {}
@@ -82,12 +86,12 @@ class StoreData(SplitData):
     @property
     def name(self) -> str:
         """The name of the coder."""
-        return self._store.name
+        return self.store.name
 
     @property
     def tokens(self) -> TokenTable:
         """The token-bytes table."""
-        return self._store.corpus.table
+        return self.store.corpus.table
 
     def numbers(self, split: Split) -> Array:
         """Return the number in the corpus of each row of a split, int64, ascending."""
@@ -97,13 +101,13 @@ class StoreData(SplitData):
         """Return the rows of a split, in corpus order. Made once and kept (9 bytes per token)."""
         if split not in self._rows:
             numbers = self._numbers[split]
-            rows = self._store.corpus.rows(numbers)
-            owners = np.asarray(self._store.corpus.row_documents)
+            rows = self.store.corpus.rows(numbers)
+            owners = np.asarray(self.store.corpus.row_documents)
             others = [n for other, n in self._numbers.items() if other != split]
             cut = np.isin(owners[numbers], owners[np.concatenate(others)])
             if cut.any():
                 documents = rows.documents.copy()
-                own = (len(self._store.corpus.documents) + numbers)[cut, None]
+                own = (len(self.store.corpus.documents) + numbers)[cut, None]
                 documents[cut] = np.where(documents[cut] >= 0, own, -1)
                 rows = Rows(tokens=rows.tokens, documents=documents, mask=rows.mask)
             self._rows[split] = rows
@@ -140,7 +144,7 @@ class StoreData(SplitData):
             found: list[Firings] = []
             for start, stop in _runs(indices):
                 one = stop == start + 1
-                found.extend([self._store.firings(start)] if one else self._store.block(start, stop))
+                found.extend([self.store.firings(start)] if one else self.store.block(start, stop))
             self._held = (indices, found)
         return self._held[1]
 

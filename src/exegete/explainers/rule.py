@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
+from exegete.examples.build import StoreData
 from exegete.explainers.explainer import Explainer
-from exegete.rules import render, search_rules
-from exegete.rules.evaluate import RuleMetrics, context_of, evaluate_many
+from exegete.explainers.workers import Found, search_on, search_with_detail
+from exegete.rules import render
+from exegete.rules.evaluate import context_of
 from exegete.rules.execute import TokenContext
 from exegete.rules.language import Rule
 from exegete.tokens import TokenTable
 from exegete.types import Explanation, LatentId
 from exegete.views import LatentView, Need, SplitData
+
+WORTH_WORKERS = 16  # below so many latents, starting processes costs more than it saves
 
 
 @final
@@ -47,17 +50,22 @@ class RuleExplainer(Explainer):
 
     def _group(self, views: Sequence[LatentView]) -> Iterator[Explanation]:
         data = views[0].require_data()
+        latents = {view.latent.index: view.latent for view in views}
+        workers = os.cpu_count() or 1
+        if workers > 1 and len(latents) >= WORTH_WORKERS and isinstance(data, StoreData) and data.folder is not None:
+            found = search_on(workers, data, list(latents))
+        else:
+            found = self._here(data, list(latents))
+        for index, rule, detail in found:
+            yield self._explanation(latents[index], rule, detail, data.tokens)
+
+    def _here(self, data: SplitData, indices: Sequence[int]) -> Iterator[Found]:
         if self._prepared is None or self._prepared[0] is not data:  # explained in blocks, the rows are prepared once
             self._prepared = data, context_of(data, "train")
-        context = self._prepared[1]
-        indices = [view.latent.index for view in views]
-        rules = search_rules(data, indices, context=context)
-        measured = evaluate_many(rules, data, indices, split="train", context=context)
-        for view, rule, metrics in zip(views, rules, measured, strict=True):
-            yield self._explanation(view.latent, rule, metrics, data.tokens)
+        yield from search_with_detail(data, indices, self._prepared[1])
 
     def _explanation(
-        self, latent: LatentId, rule: Rule | None, metrics: RuleMetrics | None, table: TokenTable
+        self, latent: LatentId, rule: Rule | None, detail: dict[str, Any], table: TokenTable
     ) -> Explanation:
         if rule is None:
             reason = "too few firings in the train split, or no rule tells them from the rest"
@@ -70,13 +78,5 @@ class RuleExplainer(Explainer):
             status="ok",
             explainer=self.spec,
             program=rule.to_json(),
-            detail={} if metrics is None else {"train": _plain(metrics)},
+            detail=detail,
         )
-
-
-def _plain(metrics: RuleMetrics) -> dict[str, Any]:
-    """Return the figures as JSON data; what is undefined (NaN, which JSON lacks) becomes None."""
-    figures = dataclasses.asdict(metrics)
-    shares = figures.pop("mass_deciles")
-    known = {name: None if math.isnan(value) else value for name, value in figures.items()}
-    return known | {"mass_deciles": [None if math.isnan(share) else share for share in shares]}

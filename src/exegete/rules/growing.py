@@ -26,6 +26,7 @@ from exegete.types import Array
 
 PRIOR = 2.0  # positions of the surroundings' precision that every token count starts with
 GRID = 8
+TOKEN_BITS = 1.0  # whether the list goes on
 CONDITION_BITS = 8.0  # naming a place, class, state or window
 POSITION_BITS = 16.0
 PLACES_TRIED = 4
@@ -111,7 +112,7 @@ def token_sets(
     q = f_all / n_all
     ids = np.flatnonzero((hit < q * total) if negated else (hit > q * total))
     n, h = total[ids], hit[ids]
-    paying = gain_bits(n, h, q) > math.log2(len(total)) + 1
+    paying = gain_bits(n, h, q) > math.log2(len(total)) + TOKEN_BITS
     if not paying.any():
         return []
     ids, n, h = ids[paying], n[paying], h[paying]
@@ -159,7 +160,9 @@ def average_precisions(universe: Universe, chosen: Sequence[Candidate], more: Se
     sizes = np.concatenate([n_region - taken_n, taken_n.sum(axis=1, keepdims=True)], axis=1)
     hits = np.concatenate([f_region - taken_f, taken_f.sum(axis=1, keepdims=True)], axis=1)
     place = above.sum(axis=1)
-    order = np.argsort(np.where(np.arange(sizes.shape[1]) == len(regions), place[:, None] - 0.5, np.arange(sizes.shape[1])))
+    order = np.argsort(
+        np.where(np.arange(sizes.shape[1]) == len(regions), place[:, None] - 0.5, np.arange(sizes.shape[1]))
+    )
     sizes, hits = np.take_along_axis(sizes, order, axis=1), np.take_along_axis(hits, order, axis=1)
     running = np.cumsum(hits, axis=1) / np.maximum(np.cumsum(sizes, axis=1), 1e-9)
     scores: Array = (hits * running).sum(axis=1) / hits.sum(axis=1)
@@ -325,22 +328,23 @@ class Grower:
                 g = np.cumsum(np.bincount(far, weights=fires, minlength=MAX_WINDOW + 2))
                 for negated in (False, True):
                     n, f = (room.n - m, room.f - g) if negated else (m, g)
-                    saved = gain_bits(n, f, room.f / room.n)
-                    for w in range(2, MAX_WINDOW + 1):
-                        if saved[w] > cost and n[w] < room.n:
+                    q = room.f / room.n
+                    saved = np.where(n < room.n, gain_bits(n, f, q), 0.0)
+                    saved[[0, 1, -1]] = 0.0
+                    for worth in (saved, f * f / np.maximum(n, 1e-9), f * (f / np.maximum(n, 1e-9) - q)):
+                        w = int(np.where(saved > cost, worth, -np.inf).argmax())
+                        if saved[w] > cost:
                             condition = TokenWithin(w, named, inclusive, negated)
                             found.append(_Proposal(condition, ("near", negated), float(n[w]), float(f[w])))
         return found
 
 
-def _telling(
-    total: Array, hit: Array, around: tuple[float, float], negated: bool, used: Sequence[int]
-) -> list[int]:
+def _telling(total: Array, hit: Array, around: tuple[float, float], negated: bool, used: Sequence[int]) -> list[int]:
     """Return the places whose tokens tell most, by the bits that the best twelve tokens of each place save."""
     n_all, f_all = around
     q = f_all / n_all
     places, ids = np.nonzero((hit < q * total) if negated else (hit > q * total))
-    bits = gain_bits(total[places, ids], hit[places, ids], q) - math.log2(total.shape[1]) - 1
+    bits = gain_bits(total[places, ids], hit[places, ids], q) - math.log2(total.shape[1]) - TOKEN_BITS
     keep = bits > 0
     places, bits = places[keep], bits[keep]
     order = np.lexsort((-bits, places))

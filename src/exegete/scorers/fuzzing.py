@@ -19,7 +19,6 @@ from exegete.streams import stream
 from exegete.types import Example
 from exegete.views import LatentView
 
-
 LLM_THRESHOLD = 0.3
 RULE_THRESHOLD = 0.0
 
