@@ -70,7 +70,8 @@ def main() -> None:
             auprc = np.array([m.auprc for m in measured if m is not None])
             print(
                 f"{coder}: {len(indices)} latents in {seconds:.1f} s ({len(indices) / seconds:.1f} latents/s, "
-                f"{seconds / floor:.0f} x the counting pass), median held-out AUPRC {np.median(auprc):.3f} of {len(found)}"
+                f"{seconds / floor:.0f} x the counting pass), median held-out AUPRC {np.median(auprc):.3f} of "
+                f"{len(found)}"
             )
             total += seconds
             n_latents += len(indices)

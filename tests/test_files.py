@@ -85,7 +85,9 @@ def test_names_that_could_be_paths_are_refused(name: str) -> None:
 
 
 def test_a_second_writer_is_told_who_holds_the_run(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from exegete.files import RunLock; RunLock(Path(sys.argv[1])).__enter__()"
+    code = (
+        "import sys; from pathlib import Path; from exegete.files import RunLock;RunLock(Path(sys.argv[1])).__enter__()"
+    )
     with files.RunLock(tmp_path):
         assert str(os.getpid()) in (tmp_path / "lock").read_text()
         with pytest.raises(BusyError, match=f"process {os.getpid()}"):

@@ -37,9 +37,9 @@ Python standard library ({train_files} files, {train_tokens:,} tokens, Python {p
 FVU is the fraction of variance unexplained over {positions:,} held-out positions (rows of 256 tokens, BOS left out). A
 latent is alive when it fires at least 10 times per 100,000 held-out tokens; the floor is {floor_alive:.0%} alive.
 
-{note}The model writes Python-like text and knows nothing else. It is here so that every part of exegete can be tried, tested
-and shown on real latents of a real model with no network. Licence: Apache-2.0, as the project; the training text is the
-Python standard library (PSF licence).
+{note}The model writes Python-like text and knows nothing else. It is here so that every part of exegete can be tried,
+tested and shown on real latents of a real model with no network. Licence: Apache-2.0, as the project; the training
+text is the Python standard library (PSF licence).
 """
 
 

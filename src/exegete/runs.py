@@ -127,7 +127,8 @@ class Run:
         chosen = self.select(coder, [index])[0]
         if isinstance(chosen, Skipped):
             raise InputError(
-                f"latent {coder}/{index} cannot be interpreted: {chosen.reason} (has {chosen.have}, needs {chosen.need})"
+                f"latent {coder}/{index} cannot be interpreted: {chosen.reason} (has {chosen.have}, needs "
+                f"{chosen.need})"
             )
         return LatentView(
             latent=LatentId(coder=coder, index=index),

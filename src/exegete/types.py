@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, final
 
 import numpy.typing as npt
@@ -145,14 +146,14 @@ class Example:
     inclusion_probability: float
 
     def __post_init__(self) -> None:
-        _require(self.split in SPLITS, f"split is one of {SPLITS}, got {self.split!r}")
+        # Millions of these are made: messages are built only when they are needed.
+        if self.split not in SPLITS:
+            raise InputError(f"split is one of {SPLITS}, got {self.split!r}")
         _require(self.tokens.shape == self.activations.shape and self.tokens.ndim == 1, "a window is two flat arrays")
         _require(len(self.tokens) > 0, "a window has at least one token")
-        _require(
-            0.0 < self.inclusion_probability <= 1.0,
-            f"an inclusion probability lies in (0, 1], got {self.inclusion_probability}",
-        )
-        _require(bool((self.activations > 0).any()) == self.fires, "fires must say whether any activation is positive")
+        if not 0.0 < self.inclusion_probability <= 1.0:
+            raise InputError(f"an inclusion probability lies in (0, 1], got {self.inclusion_probability}")
+        _require(bool(self.activations.max() > 0) == self.fires, "fires must say whether any activation is positive")
 
     @property
     def peak(self) -> int:
@@ -193,18 +194,17 @@ class ExampleSet:
         spans: dict[int, list[tuple[int, int, Split]]] = {}
         for example in self.examples:
             known = owner.setdefault(example.document, example.split)
-            _require(
-                known == example.split,
-                f"{self.latent}: document {example.document} is in both {known} and {example.split}",
-            )
+            if known != example.split:
+                raise InputError(f"{self.latent}: document {example.document} is in both {known} and {example.split}")
             spans.setdefault(example.row, []).append((example.start, example.stop, example.split))
         for row, taken in spans.items():
             taken.sort()
-            for (start, stop, split), (following, _, other) in zip(taken, taken[1:], strict=False):
+            for (start, stop, split), (following, _, other) in pairwise(taken):
                 if split == other == "train":  # centred train windows around close firings may overlap
-                    _require(start != following, f"{self.latent}: a train window repeats in row {row}")
-                else:
-                    _require(stop <= following, f"{self.latent}: windows overlap in row {row} at {following}")
+                    if start == following:
+                        raise InputError(f"{self.latent}: a train window repeats in row {row}")
+                elif stop > following:
+                    raise InputError(f"{self.latent}: windows overlap in row {row} at {following}")
 
     def part(self, split: Split, *, fires: bool | None = None) -> tuple[Example, ...]:
         """Return the examples of a split, all or only the firing or silent ones."""

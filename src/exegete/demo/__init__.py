@@ -1,4 +1,4 @@
-"""The embedded default: a small Python-code language model and two coders made by this project, and where their text is.
+"""The embedded default: a small Python-code language model and two coders made by this project, and their text.
 
 Everything here ships in the package, so that ``exegete demo`` runs with no network, GPU or key.
 """

@@ -25,12 +25,13 @@ from exegete.rules.universe import FLAGS, Universe, unpack
 from exegete.types import Array
 
 PRIOR = 2.0  # positions of the surroundings' precision that every token count starts with
-GRID = 8
-TOKEN_BITS = 1.0  # whether the list goes on
+GRID = 6
+TOKEN_BITS = 6.0  # going on with a list; kept high, since what few firings say of a token is seldom worth reading
 CONDITION_BITS = 8.0  # naming a place, class, state or window
 POSITION_BITS = 16.0
-PLACES_TRIED = 4
+PLACES_TRIED = 3
 MIN_HITS = 3.0
+SHORTER = (1, 2, 3, 4, 6, 8, 10)
 
 
 @final
@@ -112,10 +113,11 @@ def token_sets(
     q = f_all / n_all
     ids = np.flatnonzero((hit < q * total) if negated else (hit > q * total))
     n, h = total[ids], hit[ids]
-    paying = gain_bits(n, h, q) > math.log2(len(total)) + TOKEN_BITS
+    saved = gain_bits(n, h, q)
+    paying = saved > math.log2(len(total)) + TOKEN_BITS
     if not paying.any():
         return []
-    ids, n, h = ids[paying], n[paying], h[paying]
+    ids, n, h, saved = ids[paying], n[paying], h[paying], saved[paying]
     p = (h + PRIOR * q) / (n + PRIOR)
     f = p * n
     if negated:
@@ -135,7 +137,7 @@ def token_sets(
         if taken[g].any() and key not in seen:
             seen.add(key)
             chosen = best[g][taken[g]]
-            chosen = chosen[np.argsort(p[chosen] if negated else -p[chosen], kind="stable")]
+            chosen = chosen[np.argsort(-saved[chosen], kind="stable")]
             found.append((ids[chosen], *key))
     return found
 
@@ -245,6 +247,24 @@ class Grower:
                 found.append(self.candidate(conditions, bits & self.universe.bits(changed)))
         return found
 
+    def simpler(self, clause: Candidate) -> list[Candidate]:
+        """Return the clause without one of its conditions, or with a shorter list of tokens in one of them."""
+        found = []
+        for i, condition in enumerate(clause.conditions):
+            rest = (*clause.conditions[:i], *clause.conditions[i + 1 :])
+            bits = self.universe.all
+            for other in rest:
+                bits = bits & self.universe.bits(other)
+            if rest:
+                found.append(self.candidate(rest, bits))
+            if isinstance(condition, TokenAt | TokenOf | TokenWithin):
+                for length in SHORTER:
+                    if length < len(condition.tokens):
+                        changed = replace(condition, tokens=condition.tokens[:length])
+                        conditions = (*clause.conditions[:i], changed, *clause.conditions[i + 1 :])
+                        found.append(self.candidate(conditions, bits & self.universe.bits(changed)))
+        return found
+
     def _room(self, bits: Array) -> _Room:
         at = np.flatnonzero(unpack(bits))
         n, f = self.universe.counts(bits)
@@ -279,7 +299,7 @@ class Grower:
                 for tokens, n, f in token_sets(total[i], hit[i], around, negated):
                     left = (room.n - n, room.f - f) if negated else (n, f)
                     found.append(_Proposal(_token_condition(i, tokens, negated), (i, negated), *left))
-        return found + self._flags(room) + self._positions(room) + self._near(room, total, hit)
+        return found + self._flags(room) + self._positions(room) + self._near(room, total, hit, 1 if conditions else 2)
 
     def _flags(self, room: _Room) -> list[_Proposal]:
         n, f = self.universe.counts(self.universe.flags & room.bits)
@@ -309,7 +329,7 @@ class Grower:
                 found.append(_Proposal(condition, ("position", early), float(m[k]), float(g[k])))
         return found
 
-    def _near(self, room: _Room, total: Array, hit: Array) -> list[_Proposal]:
+    def _near(self, room: _Room, total: Array, hit: Array, limit: int) -> list[_Proposal]:
         """Propose tokens within a window: tokens by their counts over near offsets, windows by trying all."""
         spread = (room.n * MAX_OFFSET, room.f * MAX_OFFSET)
         near_total, near_hit = total[1 : MAX_OFFSET + 1].sum(axis=0), hit[1 : MAX_OFFSET + 1].sum(axis=0)
@@ -317,7 +337,7 @@ class Grower:
         families.sort(key=lambda s: -s[2] * (s[2] / s[1] - room.f / room.n))
         fires = room.weight * (room.at < self.universe.split)
         found = []
-        for tokens in _distinct([tokens for tokens, _, _ in families], 2):
+        for tokens in _distinct([tokens for tokens, _, _ in families], limit):
             named = tuple(int(t) for t in tokens)
             back = np.minimum(self.universe.distance(named, room.at), MAX_WINDOW + 1)
             here = np.isin(self.universe.places[0, room.at], tokens)

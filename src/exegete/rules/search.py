@@ -15,16 +15,19 @@ from collections.abc import Callable, Sequence
 from exegete.rules.evaluate import context_of, find_sorted, flat_firings
 from exegete.rules.execute import TokenContext, clause_positions
 from exegete.rules.growing import Candidate, Goal, Grower, average_precisions
-from exegete.rules.language import MAX_CLAUSES, Clause, Rule
+from exegete.rules.language import MAX_CLAUSES, Clause, Rule, TokenAt, TokenOf, TokenWithin
 from exegete.rules.universe import Shared, Universe
 from exegete.streams import stream
 from exegete.types import Array
 from exegete.views import SplitData
 
 MIN_FIRINGS = 8
-BEAM = 8
+BEAM = 5
+LEFT_OVER = 2
 ROUNDS = 2
 STEP = 1e-3  # average precision that a clause must add
+CONDITION_COST = 2e-3  # and that a condition or a listed token must add to be worth reading
+TOKEN_COST = 1e-4
 
 
 def _build(universe: Universe) -> list[Candidate]:
@@ -50,7 +53,26 @@ def _build(universe: Universe) -> list[Candidate]:
                 chosen[k], score = best, score_with
         if score < before + STEP:
             break
+    return _simplified(grower, chosen, score)
+
+
+def _simplified(grower: Grower, chosen: list[Candidate], score: float) -> list[Candidate]:
+    """Leave out conditions and tokens that add less average precision than they cost to read."""
+    for k in range(len(chosen)):
+        others = chosen[:k] + chosen[k + 1 :]
+        while options := grower.simpler(chosen[k]):
+            scores = average_precisions(grower.universe, others, options)
+            kept = scores - np.array([_cost(c) for c in options])
+            best = int(kept.argmax())
+            if kept[best] < score - _cost(chosen[k]):
+                break
+            chosen[k], score = options[best], float(scores[best])
     return chosen
+
+
+def _cost(clause: Candidate) -> float:
+    tokens = sum(len(c.tokens) for c in clause.conditions if isinstance(c, TokenAt | TokenOf | TokenWithin))
+    return CONDITION_COST * len(clause.conditions) + TOKEN_COST * tokens
 
 
 def _pool(grower: Grower) -> list[Candidate]:
@@ -75,7 +97,7 @@ def _left_over(grower: Grower, chosen: Sequence[Candidate]) -> list[Candidate]:
         left = left & ~clause.bits
     n_above, f_above = (float(x) for x in universe.counts(universe.all & ~left))
     fresh = grower.grow(grower.root, [(Goal(n_above, f_above), 6)], within=left)
-    for clause in fresh[:3]:
+    for clause in fresh[:LEFT_OVER]:
         n, f = universe.counts(clause.bits & left)
         fresh += grower.grow(clause, [(Goal(floor=float(f / max(n, 1))), 1)], within=left)
     return fresh + grower.grow(chosen[-1], [(Goal(floor=chosen[-1].precision), 3)])

@@ -30,9 +30,9 @@ from exegete.rules.language import (
 )
 from exegete.types import Array
 
-MAX_FIRINGS = 24_000
-HARD = (24_000, 12_000)  # silent positions taken around the tell-tale tokens of the best and second-best place
-REST = 16_000
+MAX_FIRINGS = 16_000
+HARD = (16_000, 8_000)  # silent positions taken around the tell-tale tokens of the best and second-best place
+REST = 12_000
 CLASS_OFFSETS = 3
 WORD = 64  # bits that popcounts work on
 
