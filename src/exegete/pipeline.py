@@ -296,6 +296,12 @@ class Pipeline:
         """Write ``report/index.html`` and return its path."""
         return report(self.run, self.config)
 
+    def _title(self) -> str:
+        from exegete.demo import assets
+
+        ours = Path(self.config.subject).is_relative_to(assets())
+        return "The embedded default: a Python-code model" if ours else self.config.subject
+
     # -- keys and guards ---------------------------------------------------------------------------------------------
 
     def select_key(self, coder: str) -> str:
@@ -358,6 +364,7 @@ class Pipeline:
         write_text(self.run.folder / "config.yaml", self.config.to_yaml())
         results.put_meta("config", self.config.to_dict())
         results.put_meta("manifest", read_json(self.run.folder / "manifest.json"))
+        results.put_meta("title", self._title())
         corpus = self.run.corpus
         results.put_meta(
             "corpus",

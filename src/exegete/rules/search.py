@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from exegete.rules.evaluate import context_of, find_sorted, flat_firings
 from exegete.rules.execute import TokenContext, clause_positions
 from exegete.rules.growing import Candidate, Goal, Grower, average_precisions
