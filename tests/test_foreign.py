@@ -10,6 +10,7 @@ import pytest
 
 from exegete.cli import main
 from exegete.llm.local_server import serve
+from exegete.llm.protocol import read_question
 from exegete.llm.scripted import ScriptedClient
 from exegete.runs import open_run
 from exegete.testing import toy_tokenizer
@@ -68,10 +69,11 @@ def test_run_on_files_of_transformers_and_sparsify(
 
 def answer(request: LLMRequest) -> str:
     """Explain, or call every excerpt firing, in the form that is asked for."""
-    content = request.messages[-1]["content"]
-    if "[EXPLANATION]" in json.dumps(request.messages):
+    question = read_question(request.messages)
+    if question.kind == "explain":
         return "I see words.\n[EXPLANATION]: words of any kind"
-    return json.dumps([1] * content.count("Excerpt"))
+    assert question.explanation == "words of any kind"
+    return json.dumps([1] * len(question.excerpts))
 
 
 def test_run_with_a_language_model_behind_a_url(
