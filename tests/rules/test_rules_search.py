@@ -5,12 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from exegete.rules import search
 from exegete.rules.english import parse, render
 from exegete.rules.evaluate import average_precision, evaluate, evaluate_many, flat_firings
 from exegete.rules.execute import TokenContext, execute, holds
-from exegete.rules.language import PositionIn, StateIs, TokenAt, TokenWithin
-from exegete.rules.search import average_precision_of, search_rules
+from exegete.rules.language import MAX_TOKENS, PositionIn, StateIs, TokenAt, TokenWithin
+from exegete.rules.search import search_rules
+from exegete.rules.growing import Goal, Grower, average_precisions, token_sets
 from exegete.rules.universe import FLAGS, Shared, Universe, unpack
 from exegete.tokens import TokenTable
 from exegete.views import SplitData
@@ -173,13 +173,48 @@ def test_bits_of_a_universe_are_what_execution_says(universe: Universe, ids_of: 
 
 
 def test_average_precision_from_counts_is_that_of_the_rule(universe: Universe) -> None:
-    grower = search._Grower(universe)
-    clauses = grower.grow(grower.root, [(search._Goal(), 6)], sets=2)
-    assert len(clauses) >= 3
-    scores = np.zeros(len(universe.flat))
-    for clause in clauses[:3]:
-        scores = np.maximum(scores, unpack(clause.bits) * clause.precision)
-    truth = np.arange(len(scores)) < universe.split
-    repeated = np.repeat(np.arange(len(scores)), np.round(universe.weight * 1000).astype(int))
-    expected = average_precision(scores[repeated], truth[repeated])
-    assert average_precision_of(clauses[:3], universe) == pytest.approx(expected, abs=1e-3)
+    grower = Grower(universe)
+    clauses = grower.grow(grower.root, [(Goal(), 8)], sets=2)
+    assert len(clauses) >= 4
+    assert len({c.precision for c in clauses}) >= 3
+    truth = np.arange(len(universe.flat)) < universe.split
+    repeated = np.repeat(np.arange(len(truth)), np.round(universe.weight * 1000).astype(int))
+    for first in ((), clauses[:1], clauses[1:3], [clauses[3], clauses[0]]):
+        found = average_precisions(universe, first, clauses)
+        for score, last in zip(found, clauses, strict=True):
+            scores = np.zeros(len(truth))
+            for clause in (*first, last):
+                scores = np.maximum(scores, unpack(clause.bits) * clause.precision)
+            assert score == pytest.approx(average_precision(scores[repeated], truth[repeated]), abs=1e-3)
+
+
+def test_grown_clauses_are_what_execution_says(universe: Universe) -> None:
+    grower = Grower(universe)
+    (first, *_) = grower.grow(grower.root, [(Goal(), 3)])
+    grown = [*grower.grow(first, [(Goal(floor=first.precision), 5), (Goal(), 2)]), *grower.variants(first, [])]
+    assert len(grown) >= 4
+    for clause in [*grown, *(c for clause in grown for c in grower.simpler(clause))]:
+        expected = universe.valid.copy()
+        for condition in clause.conditions:
+            expected &= holds(condition, universe.shared.context, universe.flat)
+        np.testing.assert_array_equal(unpack(clause.bits), expected)
+        assert clause.n == pytest.approx(universe.weight[expected].sum())
+        assert clause.f == pytest.approx(universe.weight[: universe.split][expected[: universe.split]].sum())
+
+
+def test_token_sets_trade_precision_for_recall_with_the_tokens_that_pay() -> None:
+    total = np.array([100.0, 100.0, 100.0, 1000.0, 2.0, 50_000.0])
+    hit = np.array([90.0, 50.0, 10.0, 90.0, 2.0, 100.0])
+    sets = token_sets(total, hit, (total.sum(), hit.sum()), False)
+    assert {tuple(sorted(tokens.tolist())) for tokens, _, _ in sets} <= {(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)}
+    assert len(sets) >= 3  # the token seen twice does not pay, the common one is no better than chance
+    for tokens, n, f in sets:
+        assert n == total[tokens].sum()
+        assert hit[tokens].sum() - 2 < f < hit[tokens].sum()  # shrunk a little
+    against = token_sets(total, hit, (total.sum(), hit.sum()), True)
+    assert [tokens.tolist() for tokens, _, _ in against] == [[5]]
+
+
+def test_a_list_never_names_more_tokens_than_a_rule_may() -> None:
+    total, hit = np.full(40, 100.0), np.r_[np.full(20, 80.0), np.zeros(20)]
+    assert max(len(tokens) for tokens, _, _ in token_sets(total, hit, (1e6, 1700.0), False)) == MAX_TOKENS

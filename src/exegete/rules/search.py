@@ -140,7 +140,7 @@ def search_rules(
     return rules
 
 
-def _finish(chosen: Sequence[_Candidate], context: TokenContext, flat: Array, values: Array) -> Rule | None:
+def _finish(chosen: Sequence[Candidate], context: TokenContext, flat: Array, values: Array) -> Rule | None:
     clauses = []
     for candidate in chosen:
         positions = clause_positions(candidate.conditions, context)
