@@ -182,6 +182,31 @@ def test_one_class_has_no_balanced_accuracy_and_no_ranking() -> None:
     assert undefined(metrics.average_precision([False, False], [0.1, 0.2]))
 
 
+def test_an_undefined_interval_still_names_its_method() -> None:
+    for interval, method in [
+        (metrics.wilson(0, 0), "wilson"),
+        (metrics.balanced_accuracy([], []), "mover-wilson"),
+        (metrics.f1([], []), "wilson-jaccard"),
+        (metrics.share_of_ties([]), "wilson"),
+        (metrics.auroc([], []), "logit-delong"),
+        (metrics.average_precision([], []), "logit"),
+        (metrics.pearson([], []), "fisher-z"),
+        (metrics.median_interval([]), "order-statistics"),
+        (metrics.mean_interval([]), "t"),
+        (metrics.difference_of_medians([], []), "bootstrap"),
+    ]:
+        assert undefined(interval)
+        assert interval.method == method
+
+
+def test_zeros_and_ones_are_truths_as_booleans_are() -> None:
+    truth, said = confusion(tp=3, fn=1, fp=2, tn=4)
+    numbers, floats = np.array(truth).astype(int), np.array(said).astype(float)
+    for metric in BINARY:
+        assert metric(numbers, floats) == metric(truth, said)
+    assert metrics.auroc(numbers, floats) == metrics.auroc(truth, floats)
+
+
 def test_an_interval_holds_its_value() -> None:
     with pytest.raises(InputError, match="leaves out"):
         Interval(value=0.5, low=0.6, high=0.7, method="m", n=1)
@@ -323,6 +348,9 @@ def test_five_values_bound_no_median() -> None:
     assert (interval.low, interval.value, interval.high) == (-math.inf, 3, math.inf)
     assert undefined(metrics.median_interval([]))
     assert undefined(metrics.median_interval([0.5, math.nan]))
+    assert metrics.median_interval([0.5]) == Interval(
+        value=0.5, low=-math.inf, high=math.inf, method="order-statistics", n=1
+    )
 
 
 def test_a_bound_that_just_reaches_its_level_counts() -> None:
@@ -377,6 +405,7 @@ def test_share_of_ties() -> None:
     assert metrics.share_of_ties([1.0, 0.0], at=1.0).value == 0.5
     assert undefined(metrics.share_of_ties([]))
     assert undefined(metrics.share_of_ties([0.5, math.nan]))
+    assert metrics.share_of_ties([0.5]) == metrics.wilson(1, 1)  # one value is a value
 
 
 def test_difference_of_medians() -> None:

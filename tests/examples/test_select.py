@@ -96,6 +96,8 @@ def test_mix_is_half_top_and_half_quantiles_of_the_rest() -> None:
 def test_an_unknown_strategy_is_named() -> None:
     with pytest.raises(NotFoundError, match=r"unknown strategy 'quantile'.*quantiles"):
         draw(maxima(5), 2, "quantile", rng())  # type: ignore[arg-type]
+    with pytest.raises(NotFoundError, match=r"known: mix, quantiles, random, top$"):
+        draw(maxima(5), 2, "?", rng())  # type: ignore[arg-type]
 
 
 def test_equal_maxima_are_in_random_order() -> None:
@@ -109,8 +111,8 @@ def test_equal_maxima_are_in_random_order() -> None:
 
 
 def test_ranks_hold_over_the_whole_range_of_floats() -> None:
-    values = np.array([1e-40, 6e-8, 0.1, 1.0, 65504.0, 3e38, np.inf], np.float32)
-    assert draw(values, 7, "top", rng()).chosen.tolist() == [6, 5, 4, 3, 2, 1, 0]
+    values = np.array([1e-45, 1e-40, 6e-8, 0.1, 1.0, 65504.0, 3e38, np.inf], np.float32)  # from the smallest of all
+    assert draw(values, 8, "top", rng()).chosen.tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
 
 
 @given(st.integers(0, 300))

@@ -65,6 +65,9 @@ def test_the_frame_holds_each_counted_position_at_most_once(
     assert (np.diff(places) >= window).all()
     lookup = made.lookup()
     assert ((lookup >= 0) == (taken.ravel() == 1)).all()
+    assert (lookup[taken.ravel() == 0] == -1).all()
+    assert lookup.dtype == np.int32
+    assert lookup.shape == (rows.documents.size,)
     for number, place in enumerate(places):
         assert (lookup[place : place + window] == number).all()
     # No stretch that could hold a window is left without one, and what is left at its ends is shorter than a window.

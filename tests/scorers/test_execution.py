@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -103,6 +104,33 @@ def test_undefined_figures_are_nan_and_never_0() -> None:
     assert math.isnan(found["pearson"].value)
     assert math.isnan(found["mass_decile_9"].value)
     assert (found["recall"].value, found["mass_decile_0"].value) == (0.0, 0.0)
+
+
+def test_a_sum_that_passes_1_by_rounding_is_1() -> None:
+    above = math.nextafter(1.0, 2.0)
+    perfect = RuleMetrics(
+        n_positions=100, n_firings=5, n_matched=5, n_hits=5, base_rate=0.05, precision=1.0, recall=1.0, f1=above,
+        auprc=above, pearson=above, mass_deciles=(above,) * 10,
+    )  # fmt: skip
+    for score in execution_scores(LATENT, perfect):
+        if score.metric != "base_rate":
+            assert (score.value, score.high) == (1.0, 1.0)
+
+
+def test_rows_are_prepared_once_for_all_blocks(world: Any, word_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluating = importlib.import_module("exegete.rules.evaluate")  # the package has a function of that name
+    prepared, original = [], evaluating.context_of
+
+    def counting(data: Any, split: Any) -> Any:
+        prepared.append(split)
+        return original(data, split)
+
+    monkeypatch.setattr(evaluating, "context_of", counting)
+    monkeypatch.setattr("exegete.scorers.execution.context_of", counting)
+    scorer, data = ExecutionScorer(baselines=False), word_data()
+    for word in (3, 4, 5):
+        list(scorer.score([(world.explanation(word), view_of(world, word, data))]))
+    assert prepared == ["test"]
 
 
 def test_coders_are_measured_on_their_own_rows_and_blocks_agree_with_the_whole(world: Any, word_data: Any) -> None:

@@ -43,7 +43,7 @@ def test_lists_of_verdicts_are_read(text: str, expected: list[bool]) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "[1, 0]", "[1, 0, 1, 1]", "1, 0, 1", "[1, 0, 2]", "[1, 0, maybe]", "[-1, 0, 1]", "[1 0 1]", "[1,,1]",
-     "[[1, 0], 1]", "[0.9, 0.1, 0.5]", "None of them fit.", "[1, 0, 1"],
+     "[1, 0, 1X]", "[[1, 0], 1]", "[0.9, 0.1, 0.5]", "None of them fit.", "[1, 0, 1"],
 )  # fmt: skip
 def test_anything_else_is_unparsed_and_never_a_guess(text: str) -> None:
     assert parse_verdicts(text, 3) is None

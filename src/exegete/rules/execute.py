@@ -66,6 +66,20 @@ class TokenContext:
         return self.size if self.mask is None else int(np.count_nonzero(self.mask))
 
     @cached_property
+    def counted(self) -> Array:
+        """The flat positions that count, int64."""
+        return np.arange(self.size) if self.mask is None else np.flatnonzero(self.mask)
+
+    @cached_property
+    def totals(self) -> Array:
+        """How often each token stands at each place [places, ids + 1] float64, over the positions that count."""
+        found = np.zeros((len(PLACE_ORDER), self.none + 1))
+        for i, place in enumerate(PLACE_ORDER):
+            found[i] = np.bincount(self.place(place)[self.counted], minlength=self.none + 1)
+        found[:, self.none] = 0
+        return found
+
+    @cached_property
     def columns(self) -> Array:
         """Position in the row of every flat position [size] int32."""
         return np.tile(np.arange(self.length, dtype=np.int32), self.n)

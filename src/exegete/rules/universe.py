@@ -45,12 +45,9 @@ class Shared:
         self.context = context
         self.n = context.n_counted
         self.base_mask = np.ones(context.size, bool) if context.mask is None else context.mask
-        self.counted = np.flatnonzero(self.base_mask)
+        self.counted = context.counted
         self.ids = context.none + 1
-        self.totals = np.stack(
-            [np.bincount(context.place(p)[self.counted], minlength=self.ids) for p in PLACE_ORDER]
-        ).astype(np.float64)
-        self.totals[:, context.none] = 0
+        self.totals = context.totals
 
 
 def flag_conditions() -> list[ClassAt | StateIs]:
