@@ -10,6 +10,7 @@ firings, which no search can beat.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import resource
 import sys
@@ -20,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from exegete.demo import demo_config
+from exegete.explainers.workers import search_on
 from exegete.pipeline import Pipeline, prepare
-from exegete.rules import search_rules
 from exegete.rules.evaluate import evaluate_many
 from exegete.views import SplitData
 
@@ -45,7 +46,9 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=4096, help="over both hookpoints")
     arguments = parser.parse_args()
     config = demo_config({"corpus": {"max_tokens": arguments.tokens}, "nulls": []})
-    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}")
+    workers = os.cpu_count() or 1
+    machine = platform.processor() or platform.machine()
+    print(f"{workers} cores, {machine}, Python {platform.python_version()}, numpy {np.__version__}")
     with tempfile.TemporaryDirectory() as folder, Pipeline(config, Path(folder) / "run") as pipeline:
         begun = time.perf_counter()
         pipeline.collect(prepare(config))
@@ -59,13 +62,13 @@ def main() -> None:
             indices = [int(i) for i in np.flatnonzero(counts >= 1e-4 * run.corpus.n_counted)[:share]]
             floor = counting_floor(data, indices)
             begun = time.perf_counter()
-            rules = []
-            for start in range(0, len(indices), BLOCK):
-                rules += search_rules(data, indices[start : start + BLOCK])
+            rules = {}
+            for i, rule, _ in search_on(workers, data, indices):
+                rules[i] = rule
                 if sys.stderr.isatty():
-                    sys.stderr.write(f"\r{coder}: {start + BLOCK} of {len(indices)}")
+                    sys.stderr.write(f"\r{coder}: {len(rules)} of {len(indices)}")
             seconds = time.perf_counter() - begun
-            found = [(i, r) for i, r in zip(indices, rules, strict=True) if r is not None]
+            found = [(i, rule) for i, rule in sorted(rules.items()) if rule is not None]
             measured = evaluate_many([r for _, r in found], data, [i for i, _ in found])
             auprc = np.array([m.auprc for m in measured if m is not None])
             print(

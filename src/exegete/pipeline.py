@@ -294,7 +294,7 @@ class Pipeline:
 
     def report(self) -> Path:
         """Write ``report/index.html`` and return its path."""
-        return report(self.run, self.config)
+        return report(self.run, self.config, self._progress)
 
     def _title(self) -> str:
         from exegete.demo import assets
@@ -390,16 +390,24 @@ class Pipeline:
         )
 
 
-def report(run: Run, config: RunConfig | None = None) -> Path:
+def report(run: Run, config: RunConfig | None = None, progress: Progress | None = None) -> Path:
     """Write the report of a run from its results and stores; needs neither subject nor coders."""
     from exegete.analysis.report import write_report
 
     results = run.results()
+    shown = progress or Silent()
+    find = run.examples_of(config)
+
+    def examples_of(latent: LatentId) -> ExampleSet | None:
+        shown.advance(1)
+        return find(latent)
+
     try:
-        return write_report(
-            results, run.corpus.table, run.examples_of(config), run.folder / "report", max_latent_pages=PAGES
-        )
+        explained = [len(results.explanations(coder)) for coder in results.coders()]
+        shown.start("report", sum(min(n, PAGES) for n in explained), "latents")
+        return write_report(results, run.corpus.table, examples_of, run.folder / "report", max_latent_pages=PAGES)
     finally:
+        shown.end()
         results.close()
 
 

@@ -99,7 +99,7 @@ def _report(options: argparse.Namespace) -> int:
 
     made = open_run(options.run)
     with RunLock(made.folder):
-        report(made)
+        report(made, progress=progress_for(options.quiet))
     _print_report(made)
     return 0
 

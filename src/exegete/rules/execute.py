@@ -166,7 +166,8 @@ class TokenContext:
         """Return all flat positions whose token is one of ``tokens``, sorted."""
         order, starts = self.index
         parts = [order[starts[t] : starts[t + 1]] for t in tokens if t < self.none]
-        return np.sort(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+        # stable sorting merges runs that are sorted already
+        return np.sort(np.concatenate(parts), kind="stable") if parts else np.zeros(0, np.int64)
 
     def later(self, positions: Array, offset: int) -> Array:
         """Move positions ``offset`` on, leaving out those that leave their row."""

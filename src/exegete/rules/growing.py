@@ -32,6 +32,7 @@ POSITION_BITS = 16.0
 PLACES_TRIED = 3
 MIN_HITS = 3.0
 SHORTER = (1, 2, 3, 4, 6, 8, 10)
+_NEGATED = [replace(flag, negated=True) for flag in FLAGS]
 
 
 @final
@@ -308,8 +309,8 @@ class Grower:
             m, g = (room.n - n, room.f - f) if negated else (n, f)
             paying = (gain_bits(m, g, room.f / room.n) > CONDITION_BITS) & (m > 0) & (m < room.n)
             for i in np.flatnonzero(paying):
-                condition = replace(FLAGS[i], negated=negated)
-                found.append(_Proposal(condition, (FLAGS[i], negated), float(m[i]), float(g[i])))
+                condition = _NEGATED[i] if negated else FLAGS[i]
+                found.append(_Proposal(condition, (int(i), negated, "flag"), float(m[i]), float(g[i])))
         return found
 
     def _positions(self, room: _Room) -> list[_Proposal]:
