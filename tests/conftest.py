@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Machines differ in speed, so no example has a deadline; under CI every run draws the same examples.
+settings.register_profile("exegete", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("exegete")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
