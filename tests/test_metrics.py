@@ -296,6 +296,7 @@ def test_average_precision_interval_by_hand() -> None:
     perfect = metrics.average_precision([True, True, True, False], [2, 2, 2, 1])
     assert (perfect.value, perfect.high, perfect.method) == (1.0, 1.0, "wilson")
     assert perfect.low == pytest.approx(3 / (3 + Z * Z))
+    assert metrics.average_precision([True, False], [2, 1], level=0.5).low == metrics.wilson(1, 1, level=0.5).low
 
 
 def test_a_score_that_is_no_number_makes_the_ranking_undefined() -> None:
@@ -377,7 +378,7 @@ def test_mean_interval_is_scipys_t() -> None:
     assert (interval.value, interval.low, interval.high) == pytest.approx((0.55, low, high))
     assert (interval.n, interval.method) == (4, "t")
     one = metrics.mean_interval([0.3])
-    assert (one.low, one.value, one.high, one.n) == (-math.inf, 0.3, math.inf, 1)
+    assert one == Interval(value=0.3, low=-math.inf, high=math.inf, method="t", n=1)
     assert undefined(metrics.mean_interval([]))
     assert undefined(metrics.mean_interval([1.0, math.inf]))
     with pytest.raises(InputError, match="flat"):

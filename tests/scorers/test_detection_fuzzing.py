@@ -257,14 +257,17 @@ def test_silent_windows_are_not_all_marked_at_the_same_places(world: Any) -> Non
     assert [marked(q).tobytes() for q in others] != [marked(q).tobytes() for q in questions]
 
 
-def test_transplanted_marks_are_drawn_from_the_latents_own_named_stream(world: Any) -> None:
-    # A stored run must not change its marks with a version.
+def test_order_and_transplanted_marks_are_drawn_from_the_latents_own_named_streams(world: Any) -> None:
+    # A stored run must not change its questions with a version.
     view = world.view(3)
     test = view.examples.part("test")
     silent, firing = [e for e in test if not e.fires], [e for e in test if e.fires]
-    moved = transplant_marks(silent, firing, stream(view.examples.seed, view.latent, "fuzzing", "marks"), 0.3)
-    shown = {q.example.row: marked(q).tolist() for q in FuzzingScorer(threshold=0.3).questions(view)}
+    moved = transplant_marks(silent, firing, stream(view.examples.seed, view.latent, "fuzzing", "marks"), 0.9)
+    questions = FuzzingScorer(threshold=0.9).questions(view)
+    shown = {q.example.row: marked(q).tolist() for q in questions}
     assert [shown[e.row] for e in silent] == moved.tolist()
+    order = stream(view.examples.seed, view.latent, "fuzzing", "order").permutation(len(test))
+    assert [q.example.row for q in questions] == [test[i].row for i in order]
 
 
 def test_an_executed_rule_is_shown_every_firing_position_and_a_language_model_the_strong_ones(world: Any) -> None:

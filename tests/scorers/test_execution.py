@@ -113,6 +113,7 @@ def test_a_sum_that_passes_1_by_rounding_is_1() -> None:
         auprc=above, pearson=above, mass_deciles=(above,) * 10,
     )  # fmt: skip
     for score in execution_scores(LATENT, perfect):
+        assert score.latent == LATENT
         if score.metric != "base_rate":
             assert (score.value, score.high) == (1.0, 1.0)
 
