@@ -132,7 +132,8 @@ class RunConfig:
     scorers: tuple[str, ...] = ("detection", "fuzzing")
     """Scorers to run on every explanation."""
     nulls: tuple[str, ...] = ()
-    """Controls that collect anew: random_coder, random_subject."""
+    """Controls that collect anew: random_coder (an untrained coder of the same width and k), random_subject (the same
+    coders on the subject with every weight drawn anew, norms kept)."""
     donors: int = 5
     """How many other latents' explanations make up the null of each score."""
     seed: int = 0

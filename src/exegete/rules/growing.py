@@ -36,7 +36,7 @@ _NEGATED = [replace(flag, negated=True) for flag in FLAGS]
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
     """Conditions with the packed bits of where they hold, and weighted positions ``n`` and firings ``f`` there."""
 

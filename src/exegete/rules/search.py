@@ -17,7 +17,7 @@ import numpy as np
 from exegete.rules.evaluate import context_of, find_sorted, flat_firings
 from exegete.rules.execute import TokenContext, clause_positions
 from exegete.rules.growing import Candidate, Goal, Grower, average_precisions
-from exegete.rules.language import MAX_CLAUSES, Clause, Rule, TokenAt, TokenOf, TokenWithin
+from exegete.rules.language import MAX_CLAUSES, ClassAt, Clause, Rule, TokenAt, TokenOf, TokenWithin
 from exegete.rules.universe import Shared, Universe
 from exegete.streams import stream
 from exegete.types import Array
@@ -25,6 +25,7 @@ from exegete.views import SplitData
 
 MIN_FIRINGS = 8
 BEAM = 5
+BEST = 2
 LEFT_OVER = 2
 ROUNDS = 2
 STEP = 1e-3  # average precision that a clause must add
@@ -81,7 +82,7 @@ def _pool(grower: Grower) -> list[Candidate]:
     """Return clauses of one, two and three conditions grown from all positions."""
     singles = grower.grow(grower.root, [(Goal(), 24)], sets=3)
     pool = list(singles)
-    level = singles[:BEAM]
+    level = _varied(singles)
     for width in (3, 2):
         refined: list[Candidate] = []
         for clause in level:
@@ -89,6 +90,22 @@ def _pool(grower: Grower) -> list[Candidate]:
         pool += refined
         level = sorted(refined, key=lambda c: -c.f * c.precision)[: BEAM // 2]
     return pool
+
+
+def _varied(singles: Sequence[Candidate]) -> list[Candidate]:
+    """Return the best clauses to refine: the best overall, and the best one that each other place has to offer.
+
+    Without the second a list of tokens, in all its lengths, would crowd out the class that a conjunction needs.
+    """
+    found: dict[object, Candidate] = {}
+    for clause in singles:
+        (condition,) = clause.conditions
+        match condition:
+            case TokenAt(offset=place) | TokenOf(place=place) | ClassAt(offset=place):
+                found.setdefault((type(condition), place), clause)
+            case _:
+                found.setdefault(type(condition), clause)
+    return list(dict.fromkeys([*singles[:BEST], *list(found.values())[:BEAM]]))
 
 
 def _left_over(grower: Grower, chosen: Sequence[Candidate]) -> list[Candidate]:
