@@ -58,7 +58,7 @@ def slow_state(name: str, row: list[int], t: int) -> bool:
     stack = slow_openers([*row[:t], 1], t)
     kinds = []
     for position in dict.fromkeys(stack):
-        kinds += [c for c in PIECES[row[position]] if c in "([{"][-stack.count(position) :]
+        kinds += [c for c in PIECES[row[position]] if c in "([{"][: stack.count(position)]
     match name:
         case "string" | "long_string" | "comment":
             return False

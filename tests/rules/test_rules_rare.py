@@ -35,8 +35,6 @@ KINDS: dict[str, Function] = {
 }
 
 FLOOR = 0.98
-# Greedy growing settles for "text that ends in a dot" and a list here; the exact pair of conditions is sayable.
-KNOWN_SHORTFALL = {"capitals after a dot": 0.90}
 
 
 class Planted(SplitData):
@@ -96,6 +94,4 @@ def test_rare_planted_latents_are_recovered_on_held_out_files(planted: Planted) 
         assert metrics is not None, kind
         assert 1e-4 <= metrics.base_rate <= 1e-2, f"{kind}: {metrics.base_rate}"
         assert metrics.n_firings >= 30, kind
-        assert metrics.auprc >= KNOWN_SHORTFALL.get(kind, FLOOR), (
-            f"{kind}: {metrics.auprc:.3f} {render(rule, planted.tokens)}"
-        )
+        assert metrics.auprc >= FLOOR, f"{kind}: {metrics.auprc:.3f} {render(rule, planted.tokens)}"
