@@ -25,7 +25,7 @@ from exegete.runs import FORMAT, Run
 from exegete.scorers.scorer import scorers
 from exegete.streams import stream
 from exegete.types import ExampleSet, Explanation, LatentId, Skipped
-from exegete.views import LatentView
+from exegete.views import Donor, LatentView
 
 if TYPE_CHECKING:
     from exegete.coders.coder import SparseCoder
@@ -223,8 +223,12 @@ class Pipeline:
                 self._progress.advance(1)
         self._progress.end()
 
-    def _view(self, examples: ExampleSet, data: Any, llm: LLMClient | None) -> LatentView:
-        return LatentView(latent=examples.latent, tokens=data.tokens, examples=examples, data=data, llm=llm)
+    def _view(
+        self, examples: ExampleSet, data: Any, llm: LLMClient | None, donors: tuple[Donor, ...] = ()
+    ) -> LatentView:
+        return LatentView(
+            latent=examples.latent, tokens=data.tokens, examples=examples, data=data, donors=donors, llm=llm
+        )
 
     # -- score -------------------------------------------------------------------------------------------------------
 
@@ -277,14 +281,7 @@ class Pipeline:
             items = []
             for explanation, examples in zip(block, chosen, strict=True):
                 if isinstance(examples, ExampleSet):
-                    view = LatentView(
-                        latent=explanation.latent,
-                        tokens=data.tokens,  # type: ignore[union-attr]
-                        examples=examples,
-                        data=data,
-                        donors=donors.get(explanation.latent, ()),
-                        llm=llm,
-                    )
+                    view = self._view(examples, data, llm, donors.get(explanation.latent, ()))
                     items.append((explanation, view))
             for scoring in scorer.score(items, concurrency=self.config.llm.concurrency):
                 results.add_scoring(scoring, key, ids[scoring.explanation.latent])

@@ -106,10 +106,6 @@ class Run:
             self._data[key] = StoreData(store, split)
         return self._data[key]
 
-    def forget(self) -> None:
-        """Drop the opened stores."""
-        self._data.clear()
-
     def select(self, coder: str, indices: Sequence[int], config: RunConfig | None = None) -> list[ExampleSet | Skipped]:
         """Return the examples of each latent, or why it has none."""
         from exegete.examples import select_many
