@@ -4,7 +4,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 
-.PHONY: demo test lint bench train setup clean
+.PHONY: demo test lint bench bench-collect oracles train setup clean
 
 setup: .venv/ready
 
@@ -35,6 +35,30 @@ train: setup
 
 bench: setup
 	$(BIN)/python benchmarks/rules.py
+
+# The peer that collecting is measured beside, in an environment of its own; without it the benchmark prints the rest.
+PEER := .bench/delphi
+$(PEER)/ready: benchmarks/requirements-delphi.txt constraints.txt
+	test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet torch
+	$(PEER)/bin/python -m pip install --quiet --requirement benchmarks/requirements-delphi.txt
+	$(PEER)/bin/python -m pip install --quiet --no-deps eai-delphi==0.1.3 eai-sparsify==1.3.3
+	touch $@
+
+bench-collect: setup
+	-$(MAKE) $(PEER)/ready
+	$(BIN)/python -m benchmarks.collect
+
+# What libraries that cannot live beside exegete compute, written down as fixtures: each in an environment of its own.
+ORACLE := .oracles/dictionary_learning
+$(ORACLE)/ready: constraints.txt
+	test -x $(ORACLE)/bin/python || $(PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/python -m pip install --quiet torch numpy einops tqdm
+	$(ORACLE)/bin/python -m pip install --quiet --no-deps dictionary-learning==0.1.0
+	touch $@
+
+oracles: $(ORACLE)/ready
+	$(ORACLE)/bin/python tests/oracles/write_dictionary_learning.py
 
 clean:
 	rm -rf .venv runs

@@ -22,7 +22,8 @@ import numpy as np
 
 from exegete.demo import demo_config
 from exegete.explainers.workers import search_on
-from exegete.pipeline import Pipeline, prepare
+from exegete.pipeline import Pipeline
+from exegete.preparing import prepare
 from exegete.rules.evaluate import evaluate_many
 from exegete.views import SplitData
 

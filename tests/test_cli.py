@@ -76,15 +76,15 @@ def test_every_setting_has_a_flag_and_a_help_text() -> None:
 
 def test_flags_become_settings() -> None:
     options = build_parser().parse_args(
-        ["run", "m", "c", "--out", "o", "--latents", "7", "--max-tokens", "500k", "--window", "16", "--no-bos"]
+        ["run", "m", "c", "--out", "o", "--latents", "7", "--max-tokens", "500k", "--window", "16", "--bos", "none"]
     )
     nested = given(options)
     assert nested == {
         "latents": {"count": 7},
-        "corpus": {"max_tokens": 500_000, "bos": False},
+        "corpus": {"max_tokens": 500_000, "bos": "none"},
         "examples": {"window": 16},
     }
-    assert RunConfig.from_dict(nested).corpus.bos is False
+    assert RunConfig.from_dict(nested).corpus.bos == "none"
 
 
 def test_run_then_each_stage_again(toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from exegete.coders.coder import SparseCoder
-from exegete.collecting import collect_firings
+from exegete.collecting import collect_firings, job, plan
 from exegete.config import CollectConfig, CorpusConfig
 from exegete.errors import BusyError, CorruptError, InputError, MismatchError
 from exegete.files import RunLock, fault_hook
@@ -23,7 +22,6 @@ from exegete.store.values import decode_values, encode_values
 from exegete.tokens import TokenTable
 from exegete.types import Array, Side, SparseCode
 
-MODULE = importlib.import_module("exegete.collecting")
 D, WIDTH, K, LENGTH = 6, 20, 3, 8
 TABLE = TokenTable([bytes([i]) for i in range(128)], special=[0])
 
@@ -62,8 +60,15 @@ class ToySubject:
     def d(self, hookpoint: str, side: Side) -> int:
         return D
 
+    def to(self, device: str | torch.device) -> ToySubject:
+        return self
+
     def capture(
-        self, tokens: torch.Tensor, attention_mask: torch.Tensor | None, points: Sequence[tuple[str, Side]]
+        self,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        points: Sequence[tuple[str, Side]],
+        documents: torch.Tensor | None = None,
     ) -> dict[tuple[str, Side], torch.Tensor]:
         assert torch.is_inference_mode_enabled()
         assert attention_mask is not None
@@ -84,6 +89,7 @@ class ToyCoder(SparseCoder):
 
     def __init__(self, hookpoint: str = "a", *, k: int | None = K, seed: int = 1, side: Side = "output") -> None:
         self.name, self.hookpoint, self.side, self.k = hookpoint, hookpoint, side, k
+        self.target, self.base_model = (hookpoint, "output"), None
         self.d_in = self.d_out = D
         self.width = WIDTH
         self.weight = torch.randn(WIDTH, D, generator=torch.Generator().manual_seed(seed))
@@ -92,6 +98,21 @@ class ToyCoder(SparseCoder):
     @property
     def hash(self) -> str:
         return self.content
+
+    @property
+    def architecture(self) -> str:
+        return "toy"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def placed(self, **_: Any) -> ToyCoder:
+        return self
 
     def encode(self, x: torch.Tensor) -> SparseCode:
         assert bool(x.isfinite().all())
@@ -111,8 +132,8 @@ class ToyCoder(SparseCoder):
     def decoder_rows(self, indices: torch.Tensor) -> torch.Tensor:
         return self.weight[indices]
 
-    def to(self, device: str, dtype: torch.dtype | None = None) -> SparseCoder:
-        assert device == "cpu"
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> ToyCoder:
+        assert str(device) == "cpu"
         return self
 
 
@@ -210,13 +231,13 @@ def test_shard_size_does_not_change_the_content(
 def test_shards_end_when_they_are_full(
     corpus: Corpus, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MODULE, "SHARD_FIRINGS", 60)
-    stores = collect_firings(ToySubject(), CODERS, corpus, tmp_path / "a", dataclasses.replace(CONFIG, shard_rows=None))
+    config = dataclasses.replace(CONFIG, shard_rows=None, shard_bytes=60 * 16)
+    stores = collect_firings(ToySubject(), CODERS, corpus, tmp_path / "a", config)
     assert hashes(stores) == expected
     for store in stores.values():
         assert len(store.manifest.shards) > 1
         assert all(shard.n_firings >= 60 for shard in store.manifest.shards[:-1])
-    monkeypatch.setattr(MODULE, "MOST_FIRINGS", 1)
+    monkeypatch.setattr(job, "MOST_FIRINGS", 1)
     stores = collect_firings(ToySubject(), CODERS, corpus, tmp_path / "b", dataclasses.replace(CONFIG, shard_rows=100))
     assert hashes(stores) == expected
     assert len(stores["a"].manifest.shards) == 6
@@ -348,17 +369,17 @@ def test_going_on_with_another_version_warns(corpus: Corpus, tmp_path: Path, cap
     assert "other versions of torch" in caplog.text
 
 
-def test_quality_is_measured_on_the_first_batch(
+def test_quality_is_measured_on_the_first_rows(
     corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     subject = ToySubject()
     coders = {"out": ToyCoder("a", k=None), "in": ToyCoder("bb", side="input")}
     with caplog.at_level(logging.WARNING):
         stores = collect_firings(subject, coders, corpus, tmp_path, CONFIG)
-    assert subject.passes[0] == (2, ("a", "bb", "bb"))
-    first = dense_oracle(corpus, coders["out"])[:2]
+    assert subject.passes[0] == (11, ("a", "bb", "bb"))
+    first = dense_oracle(corpus, coders["out"])
     quality = stores["out"].manifest.quality
-    assert quality["l0"] == pytest.approx((first > 0).sum() / corpus.rows(slice(0, 2)).mask.sum())
+    assert quality["l0"] == pytest.approx((first > 0).sum() / corpus.rows(slice(None)).mask.sum())
     assert quality["fvu"] > 4
     assert "coder out explains less of a than the mean does" in caplog.text
     caplog.clear()
@@ -373,7 +394,10 @@ def test_a_coder_whose_reconstruction_has_another_size_is_collected_all_the_same
     assert collect_firings(ToySubject(), {"a": CODERS["a"]}, corpus, tmp_path, CONFIG)["a"].manifest.quality == {}
 
 
-def test_activations_that_are_not_finite_are_named(corpus: Corpus, tmp_path: Path) -> None:
+def test_activations_that_are_not_finite_are_named(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "CPU_TOKENS", 2 * LENGTH)
     subject = ToySubject(corpus)
     subject.bad_row = 7
     with pytest.raises(InputError, match="the output of 'a' holds NaN or infinity in row 7"):

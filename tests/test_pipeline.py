@@ -17,7 +17,8 @@ import pytest
 from exegete.config import RunConfig, merge
 from exegete.errors import BusyError, InputError, MismatchError
 from exegete.files import RunLock, fault_hook, hash_file, hash_json
-from exegete.pipeline import Pipeline, Prepared, prepare, run_pipeline
+from exegete.pipeline import Pipeline, run_pipeline
+from exegete.preparing import Prepared, prepare
 from exegete.runs import Run, open_run
 
 

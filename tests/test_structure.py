@@ -34,7 +34,7 @@ ORDER = [
     {"results", "donors"},
     {"analysis"},
     {"runs"},
-    {"status", "pipeline"},
+    {"status", "preparing", "pipeline"},
     {"api"},
     {"testing", "cli", "__main__"},
 ]

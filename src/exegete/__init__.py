@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from exegete.api import select as select
     from exegete.codec import from_json as from_json
     from exegete.codec import to_json as to_json
+    from exegete.coders import direction_coder as direction_coder
+    from exegete.coders import inspect_coders as inspect_coders
     from exegete.coders import load_coder as load_coder
+    from exegete.coders import load_coders as load_coders
+    from exegete.coders import load_directions as load_directions
+    from exegete.coders import neuron_coder as neuron_coder
+    from exegete.coders import pca_coder as pca_coder
+    from exegete.coders import random_coder as random_coder
+    from exegete.coders import save_coder as save_coder
     from exegete.config import RunConfig as RunConfig
     from exegete.runs import Run as Run
     from exegete.runs import open_run as open_run
@@ -43,14 +51,22 @@ _HOMES = {
     "Score": "exegete.types",
     "Skipped": "exegete.types",
     "collect": "exegete.api",
+    "direction_coder": "exegete.coders",
     "explain": "exegete.api",
     "explain_async": "exegete.api",
     "from_json": "exegete.codec",
+    "inspect_coders": "exegete.coders",
     "load_coder": "exegete.coders",
+    "load_coders": "exegete.coders",
     "load_corpus": "exegete.api",
+    "load_directions": "exegete.coders",
     "load_subject": "exegete.subjects",
+    "neuron_coder": "exegete.coders",
     "open_run": "exegete.runs",
+    "pca_coder": "exegete.coders",
+    "random_coder": "exegete.coders",
     "run": "exegete.api",
+    "save_coder": "exegete.coders",
     "score": "exegete.api",
     "score_async": "exegete.api",
     "select": "exegete.api",
@@ -67,14 +83,22 @@ __all__ = [
     "Score",
     "Skipped",
     "collect",
+    "direction_coder",
     "explain",
     "explain_async",
     "from_json",
+    "inspect_coders",
     "load_coder",
+    "load_coders",
     "load_corpus",
+    "load_directions",
     "load_subject",
+    "neuron_coder",
     "open_run",
+    "pca_coder",
+    "random_coder",
     "run",
+    "save_coder",
     "score",
     "score_async",
     "select",

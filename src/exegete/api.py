@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from exegete.config import CollectConfig, CorpusConfig, LLMConfig, RunConfig
 from exegete.errors import InputError, unknown
 from exegete.explainers.explainer import explainers
-from exegete.pipeline import Pipeline, Prepared, run_pipeline
+from exegete.pipeline import Pipeline, run_pipeline
+from exegete.preparing import Prepared
 from exegete.runs import Run, example_config
 from exegete.scorers.scorer import scorers
 from exegete.types import ExampleSet, Explanation, Score, Skipped
@@ -49,9 +50,10 @@ def run(
 def load_corpus(
     text: str | Sequence[str], *, tokenizer: Any, folder: str | Path | None = None, **settings: Any
 ) -> Corpus:
-    """Tokenize text into rows (``row_length``, ``max_tokens``, ``column``, ``bos``) and return the corpus.
+    """Tokenize text into rows and return the corpus.
 
-    ``text`` is as the configuration's ``corpus.text``. Without a ``folder`` the rows lie in a temporary one that goes
+    ``text`` and the ``settings`` (``row_length``, ``max_tokens``, ``column``, ``bos``, ``packing``, ``chat`` …) are
+    those of the configuration's ``corpus`` group. Without a ``folder`` the rows lie in a temporary one that goes
     with the returned object. Raises InputError when there is no text.
     """
     from exegete.store.corpus import build_corpus
@@ -87,29 +89,29 @@ def collect(
     ``settings`` are those of the configuration's ``collect`` group. Raises MismatchError when the folder holds output
     of other settings, or a coder does not fit the subject.
     """
-    from exegete.coders import check_fit
+    from exegete.coders import fit_coder
 
-    for coder in coders.values():
-        check_fit(coder, subject)
+    options = dataclasses.replace(CollectConfig(), **settings)
+    fitted = {name: fit_coder(coder, subject, other_model=options.other_model) for name, coder in coders.items()}
     config = RunConfig(
         subject=subject.name,
         coder=tuple(coders),
         nulls=tuple(nulls),
         seed=seed,
         corpus=corpus.config,
-        collect=dataclasses.replace(CollectConfig(), **settings),
+        collect=options,
     )
     with Pipeline(config, out) as pipeline:
-        pipeline.collect_corpus(Prepared(subject=subject, coders=coders), corpus)
+        pipeline.collect_corpus(Prepared(subject=subject, coders=fitted), corpus)
         return pipeline.run
 
 
 def select(store: Store, index: int, *, seed: int = 0, **settings: Any) -> ExampleSet | Skipped:
     """Return the examples of one latent, or why it has none. ``settings`` are those of the ``examples`` group."""
-    from exegete.examples import StoreData, select_many, split_rows
+    from exegete.examples import StoreData, select_many, split_segments
 
     config = example_config(**settings)
-    split = split_rows(store.corpus, seed=seed, test_share=config.test_share)
+    split = split_segments(store.corpus, seed=seed, test_share=config.test_share)
     chosen = select_many(StoreData(store, split), [index], config=config, coder=store.name, seed=seed)[0]
     return dataclasses.replace(chosen, table=store.corpus.table) if isinstance(chosen, ExampleSet) else chosen
 

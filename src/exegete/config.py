@@ -28,16 +28,47 @@ class CorpusConfig:
     """Which text, and how it becomes token rows."""
 
     text: tuple[str, ...] = ()
-    """Text files, .jsonl files or folders (globs allowed); each .txt or source file, or jsonl line, is a document. The
-    word "stdlib" stands for the running interpreter's standard library."""
+    """Where text comes from, one or more of: files, folders and globs (.jsonl and .ndjson, one document a line; .txt,
+    .md and source files, one document each; these also as .gz, .bz2 or .xz; .parquet; .npy with token ids), "stdlib"
+    (the running interpreter's standard library), or hf:ORG/NAME[:CONFIG][@SPLIT] (a Hugging Face dataset, streamed; or
+    hf:FOLDER for one on disk). WEIGHT*SOURCE, say 0.7*hf:org/name, mixes sources by their share of bytes; without
+    weights they are read one after another."""
     column: str = "text"
-    """Field of a .jsonl line that holds the text."""
+    """Column of a .jsonl, .parquet or hf: source that holds the text, a list of token ids, or with chat the
+    messages."""
     row_length: int = 256
     """Tokens in a row, BOS included."""
     max_tokens: int | None = None
     """Stop after this many tokens of text."""
-    bos: bool = True
-    """Put the tokenizer's BOS token, if it has one, before every row."""
+    shuffle_buffer: int | None = None
+    """Shuffle documents through a buffer of this many; by default they come in order."""
+    shuffle_seed: int = 0
+    """Seed of that shuffling."""
+    bos: Literal["row", "document", "none"] = "row"
+    """Put the tokenizer's BOS token, if it has one, before every row, before every document, or nowhere."""
+    packing: bool = False
+    """Fill rows with several documents instead of beginning each document in a row of its own."""
+    separator: Literal["none", "eos"] = "none"
+    """What stands between documents packed into one row: nothing, or the tokenizer's EOS token (never counted)."""
+    attend: Literal["row", "document"] = "row"
+    """What a packed document sees: everything before it in its row, or itself alone."""
+    chat: Literal["none", "all", "assistant"] = "none"
+    """Read the column as a conversation (a list of role and content, or from and value) and render it with the
+    tokenizer's chat template; firings count at all its tokens, or at those of the assistant's messages alone. Names of
+    special tokens in a message stay text: an invisible U+2060 is put after their first character."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(CorpusConfig)
+        for name in ("bos", "separator", "attend", "chat"):
+            _convert(hints[name], getattr(self, name), f"corpus.{name}")
+        for name, least in {"row_length": 2, "max_tokens": 1, "shuffle_buffer": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"setting 'corpus.{name}' is too small; it must be at least {least}, got {value}")
+        if not self.column:
+            raise ConfigError("setting 'corpus.column' is empty; name the column that holds the text")
+        if self.separator == "eos" and not self.packing:
+            raise ConfigError("setting 'corpus.separator' stands between packed documents; set corpus.packing too")
 
 
 @final
@@ -47,12 +78,27 @@ class CollectConfig:
 
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto."""
+    device_map: str | None = None
+    """Spread a subject larger than one GPU over several devices: auto, balanced, sequential (needs accelerate)."""
     dtype: str = "auto"
     """Data type of the subject: float32, bfloat16, float16, or auto (float32 on a CPU)."""
-    batch_tokens: int = 8192
-    """Tokens in a forward pass; part of the batch plan, so it belongs to the store's identity."""
+    compile: bool = False
+    """Compile the subject's layers with torch.compile: slower to start, faster on long runs."""
+    batch_tokens: int | None = None
+    """Tokens in a forward pass; part of the batch plan, so it belongs to the store's identity. By default 8192 on a
+    CPU and the fastest that fits on a GPU, found once and written down before the first shard."""
+    sink_norm: float = 10.0
+    """Positions whose activation is longer than this many times the median norm at the hookpoint (attention sinks) do
+    not count; 0 lets all count."""
+    other_model: bool = False
+    """Allow a coder whose files name another base model than the subject, such as one made for a model that the
+    subject is a fine-tune of."""
+    shard_bytes: int = 1 << 26
+    """Memory for a shard under construction, for each coder; 16 bytes a firing."""
     shard_rows: int | None = None
-    """Rows in a shard; by default as many as make about 2^22 firings of a TopK coder."""
+    """End shards after this many rows instead."""
+    workers: int | None = None
+    """Processes that collect disjoint rows: by default one, or one for each GPU when the device is cuda."""
     threads: int | None = None
     """CPU threads, all by default; workers of one run pin the same number."""
     remote_code: bool = False
@@ -241,8 +287,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 
 def _check(config: RunConfig) -> None:
     positive = {
-        "corpus.row_length": config.corpus.row_length - 1,
-        "collect.batch_tokens": config.collect.batch_tokens,
+        "collect.batch_tokens": 1 if config.collect.batch_tokens is None else config.collect.batch_tokens,
+        "collect.shard_bytes": config.collect.shard_bytes >> 10,
+        "collect.workers": 1 if config.collect.workers is None else config.collect.workers,
         "examples.window": config.examples.window,
         "examples.n_train": config.examples.n_train,
         "examples.n_test": config.examples.n_test,
@@ -252,7 +299,7 @@ def _check(config: RunConfig) -> None:
     }
     for name, value in positive.items():
         if value < 1:
-            raise ConfigError(f"setting {name!r} is too small; it must be at least {2 if 'row' in name else 1}")
+            raise ConfigError(f"setting {name!r} is too small; it must be at least 1")
     if config.examples.window >= config.corpus.row_length:
         raise ConfigError(
             f"examples.window ({config.examples.window}) must be smaller than corpus.row_length "

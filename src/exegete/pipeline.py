@@ -10,16 +10,16 @@ import asyncio
 import logging
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from exegete.config import RunConfig
 from exegete.donors import choose_donors
-from exegete.errors import ConfigError, InputError, MismatchError
+from exegete.errors import InputError, MismatchError
 from exegete.explainers.explainer import Explainer, explainers
 from exegete.files import RunLock, hash_json, read_json, write_json, write_text
+from exegete.preparing import Prepared, prepare, text_of
 from exegete.progress import Progress, Silent
 from exegete.runs import FORMAT, Run
 from exegete.scorers.scorer import scorers
@@ -40,36 +40,6 @@ RANDOM_CODER = "@random-coder"
 RANDOM_SUBJECT = "@random-subject"
 PAGES = 300  # latent pages per coder in a report; beyond, the best, the worst, and some evenly between
 _BLOCK = 256  # latents in memory together; each is committed as soon as it is ready
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What collecting needs, loaded and checked against one another before any work starts."""
-
-    subject: Subject
-    coders: Mapping[str, SparseCoder]
-
-
-def prepare(config: RunConfig) -> Prepared:
-    """Load subject and coders and check that they fit. Raises InputError before anything is written."""
-    from exegete.coders import check_fit, load_coders
-    from exegete.subjects import load_subject
-
-    if not config.subject:
-        raise ConfigError("no subject given; name a Hugging Face model by hub id or local folder")
-    if not config.coder:
-        raise ConfigError("no coder given; name at least one sparse coder by hub id or local folder")
-    subject = load_subject(
-        config.subject,
-        device=config.collect.device,
-        dtype=config.collect.dtype,
-        remote_code=config.collect.remote_code,
-    )
-    coders = load_coders(config.coder, config.hookpoints)
-    for coder in coders.values():
-        check_fit(coder, subject)
-    return Prepared(subject=subject, coders=coders)
 
 
 @final
@@ -110,30 +80,38 @@ class Pipeline:
 
     def _collect_all(self, prepared: Prepared, corpus: Corpus) -> None:
         self._write_manifest(prepared)
-        coders = dict(prepared.coders)
-        if "random_coder" in self.config.nulls:
-            from exegete.coders import random_coder
-
-            for name, coder in prepared.coders.items():
-                coders[name + RANDOM_CODER] = random_coder(coder, self.config.seed, name=name + RANDOM_CODER)
-        self._collect(prepared.subject, coders, corpus)
+        wanted = "random_coder" in self.config.nulls
+        fixed = {name: coder.k for name, coder in prepared.coders.items() if coder.k is not None}
+        random = self._random(prepared, fixed) if wanted else {}
+        self._collect(prepared.subject, {**prepared.coders, **random}, corpus)
+        if wanted and len(fixed) < len(prepared.coders):  # how many fire is known only now
+            firing = {
+                name: max(1, round(float(self.run.store(name).manifest.quality.get("l0", 1.0))))
+                for name in prepared.coders
+                if name not in fixed
+            }
+            self._collect(prepared.subject, self._random(prepared, firing), corpus)
         if "random_subject" in self.config.nulls:
             from exegete.subjects import randomised
 
             nulls = {name + RANDOM_SUBJECT: coder for name, coder in prepared.coders.items()}
             self._collect(randomised(prepared.subject, self.config.seed), nulls, corpus)
 
+    def _random(self, prepared: Prepared, firing: Mapping[str, int]) -> dict[str, SparseCoder]:
+        """Return a random coder for each of the named ones, with as many latents firing."""
+        from exegete.coders import random_coder
+
+        return {
+            name + RANDOM_CODER: random_coder(prepared.coders[name], self.config.seed, k=k, name=name + RANDOM_CODER)
+            for name, k in firing.items()
+        }
+
     def _corpus(self, subject: Subject, documents: Iterable[TextDocument] | None) -> Corpus:
         from exegete.store.corpus import build_corpus
-        from exegete.store.sources import text_documents
 
-        if documents is None:
-            if not self.config.corpus.text:
-                raise ConfigError('no text given; name files or folders with --text, or "stdlib"')
-            documents = text_documents(self.config.corpus.text, column=self.config.corpus.column)
         return build_corpus(
             self.run.corpus_folder,
-            documents,
+            text_of(self.config) if documents is None else documents,
             subject.tokenizer,
             self.config.corpus,
             table=subject.token_table(),
@@ -183,6 +161,8 @@ class Pipeline:
                 "firings": int(store.counts.sum()),
                 "positions": store.manifest.n_positions,
                 "quality": dict(store.manifest.quality),
+                "warnings": list(store.manifest.warnings),
+                "excluded": len(store.excluded),
                 "subject": store.manifest.subject,
             },
         )
@@ -340,7 +320,7 @@ class Pipeline:
         under = {
             name: data[name] for name in ("subject", "coder", "hookpoints", "seed", "corpus", "collect", "examples")
         }
-        under["collect"] = {k: v for k, v in under["collect"].items() if k in ("dtype", "batch_tokens")}
+        under["collect"] = {k: v for k, v in under["collect"].items() if k in ("dtype", "batch_tokens", "sink_norm")}
         return under
 
     def _guard(self) -> None:
@@ -461,7 +441,7 @@ def run_pipeline(
     for name in config.scorers:
         _require_llm(scorers.make(name).needs, client, f"scorer {name!r}")
     check_llm(client)
-    prepared = prepare(config)
+    prepared = prepare(config, documents)
     with Pipeline(config, folder, progress) as pipeline:
         pipeline.collect(prepared, documents)
         pipeline.explain(client)

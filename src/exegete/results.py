@@ -196,7 +196,7 @@ class Results:
         update = ", ".join(f"{name} = excluded.{name}" for name in STATS.split(", ")[2:])
         with self.transaction():
             self._database.executemany(
-                f"INSERT INTO latents ({STATS}, selected) VALUES ({_marks(12)}) ON CONFLICT (coder, idx) DO UPDATE SET "
+                f"INSERT INTO latents ({STATS}, selected) VALUES ({_marks(14)}) ON CONFLICT (coder, idx) DO UPDATE SET "
                 f"{update}, selected = max(selected, excluded.selected)",
                 rows,
             )

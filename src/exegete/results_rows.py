@@ -18,7 +18,10 @@ from exegete.errors import CorruptError
 from exegete.files import canonical_json
 from exegete.types import Explanation, LatentId, LatentStats, Score, Skipped
 
-STATS = "coder, idx, count, rate, maximum, mean, sum_squares, token_entropy, histogram, edges, top_tokens"
+STATS = (
+    "coder, idx, count, rate, maximum, mean, sum_squares, token_entropy, histogram, edges, top_tokens, first_share, "
+    "last_share"
+)
 EXPLANATION = "coder, idx, status, text, explainer, program, prompt_hash, examples, detail"
 SCORE = "coder, idx, explanation, scorer, metric, control, value, low, high, method, n_total, n_scored, n_failed"
 SKIP = "coder, idx, stage, reason, have, need"
@@ -83,6 +86,8 @@ def stats_row(stats: LatentStats, selected: bool) -> tuple[Any, ...]:
         np.ascontiguousarray(stats.histogram, dtype="<i8").tobytes(),
         np.ascontiguousarray(stats.edges, dtype="<f8").tobytes(),
         to_json(stats.top_tokens),
+        float(stats.first_share),
+        float(stats.last_share),
         int(selected),
     )
 
@@ -100,6 +105,8 @@ def stats_from(row: Row) -> LatentStats:
         histogram=_array(row[8], "<i8"),
         edges=_array(row[9], "<f8"),
         top_tokens=tuple((int(token), int(count)) for token, count in from_json(row[10])),
+        first_share=row[11],
+        last_share=row[12],
     )
 
 

@@ -70,6 +70,13 @@ MIGRATIONS: tuple[Migration, ...] = (
                 PRIMARY KEY (key, coder, idx)) WITHOUT ROWID""",
         ),
     ),
+    Migration(
+        name="where in a document a latent fires",
+        statements=(
+            "ALTER TABLE latents ADD COLUMN first_share REAL NOT NULL DEFAULT 0",
+            "ALTER TABLE latents ADD COLUMN last_share REAL NOT NULL DEFAULT 0",
+        ),
+    ),
 )
 
 

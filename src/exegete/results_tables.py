@@ -25,6 +25,8 @@ TABLES: dict[str, tuple[tuple[str, str, Kind], ...]] = {
         ("sum_squares", "sum_squares", "float"),
         ("token_entropy", "token_entropy", "float"),
         ("top_tokens", "top_tokens", "text"),
+        ("first_share", "first_share", "float"),
+        ("last_share", "last_share", "float"),
         ("selected", "selected", "bool"),
     ),
     "explanations": (

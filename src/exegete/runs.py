@@ -96,13 +96,13 @@ class Run:
 
     def data(self, coder: str, config: RunConfig | None = None) -> StoreData:
         """Return rows and firings of a coder by split. Kept, so that all latents of the coder share them."""
-        from exegete.examples import StoreData, split_rows
+        from exegete.examples import StoreData, split_segments
 
         settings = config or self.config
         key = (coder, settings.examples.test_share)
         if key not in self._data:
             store = self.store(coder)
-            split = split_rows(store.corpus, seed=settings.seed, test_share=settings.examples.test_share)
+            split = split_segments(store.corpus, seed=settings.seed, test_share=settings.examples.test_share)
             self._data[key] = StoreData(store, split)
         return self._data[key]
 

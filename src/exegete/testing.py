@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exegete.errors import unknown
 from exegete.files import write_json
 from exegete.streams import stream
 
@@ -80,6 +81,178 @@ def toy_llama(
         bos_token_id=0,
         eos_token_id=None,
     )
+    toy_model(config, seed=seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+_NO_HEADS: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "initializer_range": 0.4, "state_size": 8}
+_MAMBA2: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 4,
+}
+_GEMMA: dict[str, Any] = {**_COMMON, "head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16}
+_MIXED: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "llama": _COMMON,
+    "mistral": {**_COMMON, "sliding_window": 4},
+    "qwen3": {**_COMMON, "head_dim": 16},
+    "gemma2": _GEMMA,
+    "gemma3_text": {**_GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gpt_neox": {**_COMMON, "num_key_value_heads": None},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 256, "initializer_range": 0.2},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 256,
+        "word_embed_proj_dim": 32,
+        "init_std": 0.2,
+    },
+    "mixtral": {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**_COMMON, **_EXPERTS, "head_dim": 16, "num_experts": 4},
+    "mamba": _NO_HEADS,
+    "falcon_mamba": _NO_HEADS,
+    "mamba2": {**_NO_HEADS, "head_dim": 16, "num_heads": 4, "n_groups": 1, "chunk_size": 4},
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 3, "attention_hidden_size": 32, "rescale_every": 2},
+    "xlstm": {  # 64, because a cache of this family rounds its sizes up
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_blocks": 3,
+        "num_heads": 2,
+        "chunk_size": 16,
+        "qk_dim_factor": 1.0,
+        "ffn_round_up_to_multiple_of": 8,
+    },
+    "recurrent_gemma": {
+        **{name: value for name, value in _COMMON.items() if name not in ("initializer_range", "intermediate_size")},
+        "intermediate_size": 96,
+        "lru_width": 32,
+        "attention_window_size": 8,
+        "w_init_variance_scale": 0.5,
+    },
+    "jamba": {
+        **_COMMON,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 3,
+        "expert_layer_offset": 2,
+        "num_experts": 4,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "zamba2": {
+        **_COMMON,
+        "num_key_value_heads": 2,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
+        "mamba_d_state": 8,
+        "n_mamba_heads": 4,
+        "mamba_ngroups": 1,
+        "chunk_size": 4,
+        "adapter_rank": 4,
+    },
+    "falcon_h1": {**_COMMON, **_MAMBA2, "mamba_d_ssm": 64},
+    "bamba": {**_COMMON, **_MAMBA2, "attn_layer_indices": [1]},
+    "granitemoehybrid": {
+        **_COMMON,
+        **_MAMBA2,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 24,
+    },
+    "nemotron_h": {
+        **_COMMON,
+        "head_dim": 16,
+        "layers_block_type": ["mamba", "attention", "mlp"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 4,
+    },
+    "qwen3_next": {
+        **_COMMON,
+        **_MIXED,
+        **_EXPERTS,
+        "head_dim": 16,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 24,
+        "mlp_only_layers": [0],
+    },
+    "olmo_hybrid": {
+        **_COMMON,
+        **_MIXED,
+        "num_key_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+    },
+    "kimi_linear": {
+        **_COMMON,
+        **_MIXED,
+        **_EXPERTS,
+        "num_key_value_heads": 2,
+        "mlp_layer_types": ["dense", "sparse", "dense"],
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+        "num_local_experts": 4,
+        "linear_head_dim": 8,
+        "linear_num_heads": 2,
+    },
+    "lfm2": {**_COMMON, "block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv"]},
+}
+"""Settings of a tiny model of three layers by model type of transformers, attention first, then recurrent and mixed."""
+
+
+def toy_subject_model(
+    family: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    texts: Iterable[str] = TEXTS,
+    vocabulary: int = 400,
+    **settings: Any,
+) -> Path:
+    """Write a complete Hugging Face folder of an untrained model of one of ``FAMILIES``; return the folder.
+
+    ``settings`` go over those of the family's configuration. Raises NotFoundError for an unknown family.
+    """
+    from transformers import AutoConfig
+
+    if family not in FAMILIES:
+        raise unknown("family", family, FAMILIES)
+    tokenizer = toy_tokenizer(texts, vocabulary=vocabulary)
+    given = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": 0,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        **FAMILIES[family],
+        **settings,
+    }
+    config = AutoConfig.for_model(family, **given)
     toy_model(config, seed=seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

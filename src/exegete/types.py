@@ -311,7 +311,8 @@ class LatentStats:
 
     ``rate`` is firings over counted positions; ``histogram`` [bins] counts firings in log2 bins of the value, with
     ``edges`` [bins + 1]; ``top_tokens`` are (token, firings) pairs, most first; ``token_entropy`` is the entropy in
-    bits of the distribution of firings over tokens.
+    bits of the distribution of firings over tokens; ``first_share`` and ``last_share`` are the shares of firings at the
+    first and at the last counted position of a document in its row.
     """
 
     latent: LatentId
@@ -324,6 +325,8 @@ class LatentStats:
     edges: Array
     top_tokens: tuple[tuple[int, int], ...]
     token_entropy: float
+    first_share: float = 0.0
+    last_share: float = 0.0
 
 
 @final

@@ -27,11 +27,14 @@ class SplitData(ABC):
 
     @abstractmethod
     def rows(self, split: Split) -> Rows:
-        """Return the rows of a split, in store order. The object is made once and kept."""
+        """Return the rows that hold text of a split, in store order. The object is made once and kept.
+
+        Where a row also holds documents of other splits, their positions have document −1 and do not count.
+        """
 
     @abstractmethod
     def firings(self, indices: Sequence[int], split: Split) -> list[Firings]:
-        """Return the firings of each latent at the split's rows; ``Firings.rows`` index into ``rows(split)``."""
+        """Return the firings of each latent in the split's text; ``Firings.rows`` index into ``rows(split)``."""
 
 
 @final

@@ -147,7 +147,13 @@ def test_every_number_of_the_tables_is_the_summarys(index: Page, synthetic_run: 
     assert [row[3:] for row in index.tables["contrasts"][1:]] == contrasts
     assert len(contrasts) == 12
     coders = [
-        [c.name, *(f"{n:,}" for n in (c.n_latents, c.n_alive, c.n_selected, c.n_explained, c.n_skipped)), ci(c.entropy)]
+        [
+            c.name,
+            *(f"{n:,}" for n in (c.n_latents, c.n_alive, c.n_selected, c.n_explained, c.n_skipped)),
+            "–",
+            "–",
+            ci(c.entropy),
+        ]
         for c in summary.coders
     ]
     assert index.tables["coders"][1:] == coders

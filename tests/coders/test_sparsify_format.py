@@ -6,15 +6,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exegete.coders import check_fit, inspect_coders, load_coder, load_coders
-from exegete.coders.formats import sparsify
-from exegete.coders.load import CoderSpec
-from exegete.coders.topk import TopKCoder
+from exegete.coders import fit_coder, inspect_coders, load_coder, load_coders
+from exegete.coders.activations import GroupMax, TopK
+from exegete.coders.formats.sparsify import Sparsify
+from exegete.coders.linear import LinearCoder
+from exegete.coders.repository import LocalRepository
 from exegete.errors import CorruptError, InputError, MismatchError, NotFoundError
 from exegete.files import write_json
 from exegete.subjects import load_subject
@@ -70,21 +70,22 @@ def test_only_the_hookpoints_asked_for_are_loaded(
     repository: Path, pattern: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    plain = sparsify.load
+    plain = LocalRepository.fetch
 
-    def watched(place: sparsify.CoderFolder, **options: Any) -> TopKCoder:
-        read.append(str(place.hookpoint))
-        return plain(place, **options)
+    def watched(self: LocalRepository, path: str) -> Path:
+        read.append(path)
+        return plain(self, path)
 
-    monkeypatch.setattr(sparsify, "load", watched)
+    monkeypatch.setattr(LocalRepository, "fetch", watched)
     assert list(load_coders(str(repository), [pattern])) == expected
-    assert read == expected
+    assert {path.rpartition("/")[0] for path in read if path.endswith("safetensors")} == set(expected)
 
 
 def test_one_coder(repository: Path) -> None:
     coder = load_coder(str(repository), "layers.10")
     assert (coder.name, coder.hookpoint, coder.side) == ("layers.10", "layers.10", "output")
     assert (coder.d_in, coder.d_out, coder.width, coder.k) == (32, 32, 64, 4)
+    assert (coder.target, coder.architecture) == (("layers.10", "output"), "topk")
     for spec in (f"{repository}:layers.10", str(repository / "layers.10"), f"mine={repository}:layers.10"):
         again = load_coder(spec)
         assert (again.hash, again.hookpoint) == (coder.hash, "layers.10")
@@ -148,12 +149,30 @@ def test_hookpoints_go_to_the_specs_that_have_them(repository: Path, tmp_path: P
 
 
 def test_inspect_reads_no_weights(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparsify, "load", None)
+    monkeypatch.setattr(Sparsify, "load", None)
+    monkeypatch.setattr(LocalRepository, "tensors", None)
     infos = inspect_coders(str(repository))
-    assert list(infos) == ["layers.2", "layers.2.mlp", "layers.10"]
-    info = infos["layers.10"]
+    assert [info.hookpoint for info in infos] == ["layers.2", "layers.2.mlp", "layers.10"]
+    info = infos[2]
     assert (info.d_in, info.d_out, info.width, info.k, info.side, info.dtype) == (32, 32, 64, 4, "output", "F32")
-    assert (info.activation, info.transcode, info.skip, info.hookpoint) == ("topk", False, False, "layers.10")
+    assert (info.format, info.architecture, info.target, info.threshold) == ("sparsify", "topk", None, None)
+    assert (info.path, info.base_model, info.notes) == (str(repository / "layers.10"), None, ())
+    assert [info.hookpoint for info in inspect_coders(str(repository), ["layers.2*"])] == ["layers.2"]
+
+
+@pytest.mark.parametrize("activation", ["topk", "groupmax"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_transcoders(tmp_path: Path, activation: str, skip: bool) -> None:
+    folder = toy_topk_coder(
+        tmp_path / "t", transcode=True, skip=skip, activation=activation, hookpoints=("layers.1.mlp",)
+    )
+    coder, (info,) = load_coder(str(folder)), inspect_coders(str(folder))
+    assert isinstance(coder, LinearCoder)
+    assert (coder.point, coder.target) == (("layers.1.mlp", "input"), ("layers.1.mlp", "output"))
+    assert (info.side, info.target, info.k) == (coder.side, coder.target, coder.k)
+    assert info.architecture == coder.architecture == f"{activation}{' skip' if skip else ''} transcoder"
+    assert coder.activation == (TopK(4) if activation == "topk" else GroupMax(4))
+    assert (coder.subtract_decoder_bias, coder.skip is not None) == (False, skip)
 
 
 def test_settings_that_do_not_matter(repository: Path) -> None:
@@ -172,24 +191,26 @@ def test_half_precision_files_are_widened(repository: Path) -> None:
     assert coder.encode(torch.ones(1, 32)).values.dtype == torch.float32
     assert narrow.encode(torch.ones(1, 32)).values.dtype == torch.bfloat16
     assert coder.hash == narrow.hash
-    assert isinstance(coder, TopKCoder)
+    assert isinstance(coder, LinearCoder)
     assert torch.equal(coder.encoder, halves["encoder.weight"].float())
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"d_in": None}, "d_in as a positive integer, it holds None"),
-        ({"d_in": "32"}, "d_in as a positive integer"),
-        ({"d_in": True}, "d_in as a positive integer"),
+        ({"d_in": None}, "d_in as a whole number of at least 1, it holds None"),
+        ({"d_in": "32"}, "d_in as a whole number of at least 1"),
+        ({"d_in": True}, "d_in as a whole number of at least 1"),
         ({"d_in": -1}, "d_in"),
         ({"d_in": 31}, r"encoder.weight has shape \[64, 32\], its cfg.json says \[64, 31\]"),
         ({"num_latents": 65}, r"says \[65, 32\]"),
         ({"num_latents": -1}, "num_latents"),
-        ({"k": 0}, "k as a positive"),
+        ({"k": 0}, "k as a whole number of at least 1, it holds 0"),
         ({"k": 65}, "k = 65; it must lie between 1 and its width 64"),
         ({"activation": "jump"}, "allowed: topk, groupmax"),
-        ({"activation": ["topk"]}, "allowed: topk, groupmax"),
+        ({"activation": ["topk"]}, r"the activation \['topk'\]; allowed: topk, groupmax"),
+        ({"d_in": [[[[[[[[1]]]]]]]] * 1000}, "d_in as a whole number"),
+        ({"k": 5, "activation": "groupmax"}, "does not divide its width 64"),
         ({"transcode": "yes"}, "transcode as true or false"),
         ({"skip_connection": True}, "lacks W_skip; it has W_dec, b_dec"),
     ],
@@ -199,6 +220,9 @@ def test_settings_that_cannot_be(repository: Path, settings: dict[str, Any], mes
     with pytest.raises((InputError, CorruptError), match=message) as caught:
         load_coder(str(repository), "layers.2")
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+    with pytest.raises(type(caught.value), match=message):
+        inspect_coders(str(repository), ["layers.2"])
     assert list(load_coders(str(repository), ["layers.10"])) == ["layers.10"]
 
 
@@ -238,28 +262,82 @@ def test_damaged_tensors(repository: Path) -> None:
 
 def test_pickles_are_refused(tmp_path: Path) -> None:
     class Trap:
-        def __reduce__(self) -> tuple[Any, tuple[str, ...]]:
-            return (Path.touch, (tmp_path / "ran",))  # type: ignore[return-value]
+        def __reduce__(self) -> tuple[Any, tuple[Path]]:
+            return (Path.touch, (tmp_path / "ran",))
 
     folder = tmp_path / "pickled"
     (folder / "layers.1").mkdir(parents=True)
-    torch.save(Trap(), folder / "layers.1" / "sae.pt")
+    torch.save({"x": Trap()}, folder / "layers.1" / "sae.pt")
     for spec in (folder, folder / "layers.1"):
-        with pytest.raises(InputError, match=r"pickled weights only .*sae\.pt.*convert"):
+        with pytest.raises(InputError, match=r"holds no sparse coder .*sae\.pt"):
             load_coder(str(spec), "layers.1")
-    (folder / "layers.1" / "cfg.json").write_text('{"d_in": 4}')
-    with pytest.raises(InputError, match="pickled weights only"):
+    (folder / "layers.1" / "cfg.json").write_text('{"d_in": 4, "num_latents": 8}')
+    with pytest.raises(InputError, match=r"holds no sparse coder .*sae\.pt"):
         load_coder(str(folder), "layers.1")
     assert not (tmp_path / "ran").exists()
 
 
+def test_weights_without_settings(repository: Path) -> None:
+    (repository / "layers.2" / "cfg.json").unlink()
+    for loading in (load_coder, inspect_coders, load_coders):
+        for spec in (f"{repository}:layers.2", str(repository / "layers.2")):
+            with pytest.raises(
+                NotFoundError, match=r"there is no .*layers\.2/cfg\.json, only its sae\.safetensors; copy the settings"
+            ):
+                loading(spec)
+    with pytest.raises(NotFoundError, match="copy the settings"):
+        load_coders(str(repository))
+    assert list(load_coders(str(repository), ["layers.10"])) == ["layers.10"]
+
+
+def test_settings_without_weights(repository: Path) -> None:
+    (repository / "layers.2" / "sae.safetensors").unlink()
+    for loading in (load_coder, inspect_coders, load_coders):
+        with pytest.raises(
+            NotFoundError, match=r"there is no .*layers\.2/sae\.safetensors, only its cfg\.json; copy the weights"
+        ):
+            loading(str(repository / "layers.2"))
+    assert list(load_coders(str(repository), ["layers.10"])) == ["layers.10"]
+
+
+def found_by_sparsify(folder: Path) -> list[str]:
+    return [place.folder for place in Sparsify().find(LocalRepository(folder), "")]
+
+
+def test_folders_of_other_formats_are_not_claimed(tmp_path: Path) -> None:
+    """SAELens writes ``cfg.json`` too, in its early versions with an expansion factor."""
+    folder = tmp_path / "blocks.3.hook_resid_pre"
+    folder.mkdir()
+    (folder / "cfg.json").write_text(json.dumps({"d_in": 4, "d_sae": 8, "expansion_factor": 2}))
+    assert found_by_sparsify(tmp_path) == []
+    (folder / "cfg.json").write_text(json.dumps({"d_in": 4, "expansion_factor": 2}))
+    assert found_by_sparsify(tmp_path) == ["blocks.3.hook_resid_pre"]
+    save_file({"W_enc": torch.ones(4, 8)}, folder / "sae_weights.safetensors")
+    assert found_by_sparsify(tmp_path) == []
+    for weights in ({"encoder.weight": torch.ones(8, 4), "decoder.weight": torch.ones(4, 8)}, {"W_dec": torch.ones(2)}):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        save_file(weights, folder / "sae.safetensors")
+        assert found_by_sparsify(tmp_path) == []
+    (folder / "sae.safetensors").write_bytes(b"x")
+    assert found_by_sparsify(tmp_path) == []
+    shutil.rmtree(folder)
+    toy_topk_coder(folder, root=True)
+    (folder / "cfg.json").rename(folder / "hyperparams.json")
+    assert found_by_sparsify(tmp_path) == []
+
+
 def test_folders_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no sparse coder: expected cfg\.json"):
+    (tmp_path / "readme.txt").write_text("x")
+    with pytest.raises(InputError, match=r"holds no sparse coder of a known format \(sparsify, .*and no weights"):
         load_coder(str(tmp_path))
     with pytest.raises(NotFoundError, match="there is no coder folder"):
         load_coder(str(tmp_path / "none"))
-    with pytest.raises(NotFoundError, match=r"there is no folder 'sub' in"):
+    with pytest.raises(NotFoundError, match=r"there is no folder 'sub' in '"):
         load_coder(f"{tmp_path}:sub")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NotFoundError, match="or it is empty"):
+        load_coder(str(tmp_path / "empty"))
 
 
 def test_hostile_folder_names(repository: Path) -> None:
@@ -270,112 +348,48 @@ def test_hostile_folder_names(repository: Path) -> None:
         load_coder(str(repository), "layers.2", name="../../etc")
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a/b", (None, "a/b", "")),
-        ("a/b:layers.3", (None, "a/b", "layers.3")),
-        ("n=a/b:x/layers.3", ("n", "a/b", "x/layers.3")),
-        ("/p/a=b", (None, "/p/a=b", "")),
-    ],
-)
-def test_specs(text: str, expected: tuple[str | None, str, str]) -> None:
-    spec = CoderSpec.parse(text)
-    assert (spec.name, spec.where, spec.sub) == expected
-
-
-@pytest.mark.parametrize("text", ["", "a/b:../c", "a/b:/etc", "n=", ":x", "bad name=a/b"])
-def test_specs_that_cannot_be(text: str) -> None:
-    with pytest.raises(InputError):
-        CoderSpec.parse(text)
-
-
-def test_specs_of_paths_with_odd_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = toy_topk_coder(tmp_path / "a=b:c")
-    monkeypatch.chdir(tmp_path)
-    assert load_coder("a=b:c").hookpoint == "layers.1"
-    assert load_coder(f"{folder}:layers.1").hookpoint == "layers.1"
-
-
-def test_hub(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The hub is asked for the settings first, then for the weights chosen, at one revision."""
-    cache = tmp_path / "cache" / "abc123"
-    asked: list[tuple[str, list[str], str | None]] = []
-
-    def download(name: str, *, allow_patterns: list[str], revision: str | None) -> str:
-        asked.append((name, allow_patterns, revision))
-        for path in repository.rglob("*"):
-            relative = path.relative_to(repository)
-            if path.is_file() and any(Path(relative.as_posix()).match(p) for p in allow_patterns):
-                (cache / relative).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, cache / relative)
-        return str(cache)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.chdir(tmp_path)
-    assert list(load_coders("Org/coders", ["layers.1*"])) == ["layers.10"]
-    assert asked == [
-        ("Org/coders", ["*cfg.json", "*config.json"], None),
-        ("Org/coders", ["layers.10/sae.safetensors"], "abc123"),
-    ]
-    assert not (cache / "layers.2" / "sae.safetensors").exists()
-    assert load_coder("x=Org/coders:layers.2").name == "x"
-
-
-def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(NotFoundError, match=r"'Org-no/such' cannot be fetched .* give a local folder"):
-        load_coder("Org-no/such")
-
-    def refuse(*args: object, **options: object) -> None:
-        raise AssertionError("the network was tried")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    (tmp_path / "runs").mkdir()
-    for spec in ("./none", "a/b/c", "runs/none", "alone"):
-        with pytest.raises(NotFoundError, match="there is no coder folder"):
-            load_coder(spec)
-
-
-def test_check_fit(repository: Path, subject: Subject, tmp_path: Path) -> None:
-    check_fit(load_coder(str(repository), "layers.2"), subject)
+def test_fit(repository: Path, subject: Subject, tmp_path: Path) -> None:
+    assert fit_coder(load_coder(str(repository), "layers.2"), subject).point == ("layers.2", "output")
     with pytest.raises(MismatchError, match=r"unknown hookpoint 'layers\.10'"):
-        check_fit(load_coder(str(repository), "layers.10"), subject)
+        fit_coder(load_coder(str(repository), "layers.10"), subject)
     wide = load_coder(str(toy_topk_coder(tmp_path / "wide", d=48)), "layers.1")
     with pytest.raises(MismatchError, match=r"reads 48 dimensions, the output of layers\.1 .* has 32"):
-        check_fit(wide, subject)
-    check_fit(load_coder(str(toy_topk_coder(tmp_path / "t", transcode=True, hookpoints=("layers.1.mlp",)))), subject)
+        fit_coder(wide, subject)
+    folder = toy_topk_coder(tmp_path / "t", transcode=True, hookpoints=("layers.1.mlp",))
+    assert fit_coder(load_coder(str(folder)), subject).target == ("layers.1.mlp", "output")
     single = toy_topk_coder(tmp_path / "single", root=True)
     with pytest.raises(MismatchError, match="stands for 3 hookpoints"):
-        check_fit(load_coder(str(single), "layers.*", name="x"), subject)
-
-
-def test_check_fit_of_both_sides(subject: Subject) -> None:
-    def transcoder(d_in: int, d_out: int, hookpoint: str) -> TopKCoder:
-        return TopKCoder(
-            name="t",
-            hookpoint=hookpoint,
-            encoder=torch.zeros(4, d_in),
-            encoder_bias=torch.zeros(4),
-            decoder=torch.zeros(4, d_out),
-            decoder_bias=torch.zeros(d_out),
-            k=1,
-            transcode=True,
-        )
-
-    check_fit(transcoder(64, 32, "layers.1.mlp.down_proj"), subject)
-    with pytest.raises(MismatchError, match=r"predicts 64 dimensions, the output of .*down_proj .* has 32"):
-        check_fit(transcoder(64, 64, "layers.1.mlp.down_proj"), subject)
-    with pytest.raises(MismatchError, match=r"reads 32 dimensions, the input of .* has 64"):
-        check_fit(transcoder(32, 32, "layers.1.mlp.down_proj"), subject)
+        fit_coder(load_coder(str(single), "layers.*", name="x"), subject)
+    spelled = load_coder(str(single), "blocks.1.hook_resid_post")
+    assert fit_coder(spelled, subject).point == ("layers.1", "output")
 
 
 def test_a_coder_of_another_model_is_told(repository: Path, subject: Subject, caplog: pytest.LogCaptureFixture) -> None:
     settings = json.loads((repository / "config.json").read_text())
     for model, expected in (("org/other", 1), ("org/TOY", 0), (None, 0)):
         write_json(repository / "config.json", {**settings, "model": model})
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="exegete"):
-            check_fit(load_coder(str(repository), "layers.2"), subject)
-        assert len(caplog.records) == expected
+        for spec in (f"{repository}:layers.2", str(repository / "layers.2")):
+            assert [info.base_model for info in inspect_coders(spec)] == [model]
+            caplog.clear()
+            with caplog.at_level(logging.WARNING, logger="exegete"):
+                fit_coder(load_coder(spec), subject)
+            assert len(caplog.records) == expected
+
+
+def test_where_the_base_model_is_read(tmp_path: Path) -> None:
+    """In the run's settings, at most two folders up, whichever of them the spec names; others' settings say nothing."""
+    run = tmp_path / "run"
+    toy_topk_coder(run / "h.1" / "seed0", root=True)
+    write_json(run / "config.json", {"sae": {}, "model": "a/b"})
+    for spec in (str(run), f"{run}:h.1", f"{run}:h.1/seed0", str(run / "h.1"), str(run / "h.1" / "seed0")):
+        coder = load_coder(spec)
+        assert (coder.hookpoint, coder.name, coder.base_model) == ("h.1", "h.1", "a/b")
+    assert load_coder(str(tmp_path)).base_model == "a/b"
+    deep = tmp_path / "deep" / "x" / "y"
+    shutil.copytree(run / "h.1", deep / "h.1")
+    write_json(tmp_path / "deep" / "config.json", {"sae": {}, "model": "too/far"})
+    assert load_coder(str(deep / "h.1" / "seed0")).base_model is None
+    for text in ('{"model": "a/b"}', '{"sae": {}, "model": 3}', "[1]", "{"):
+        (run / "config.json").write_text(text)
+        assert load_coder(str(run / "h.1" / "seed0")).base_model is None
+        assert load_coder(str(run)).base_model is None

@@ -1,4 +1,4 @@
-"""A small store in memory: documents of random length cut into rows as a corpus does, and planted latents."""
+"""A small store in memory: documents of random length cut into rows or packed as a corpus does, and planted latents."""
 
 from __future__ import annotations
 
@@ -22,14 +22,11 @@ class ToyDocument:
 @dataclass(frozen=True)
 class ToyCorpus:
     documents: tuple[ToyDocument, ...]
-    row_documents: Array
+    segments: Array
     tokens: Array
     owners: Array
     mask: Array
     table: TokenTable
-
-    def rows(self, rows: Array, /) -> Rows:
-        return Rows(tokens=self.tokens[rows], documents=self.owners[rows], mask=self.mask[rows])
 
 
 @dataclass(frozen=True)
@@ -38,11 +35,32 @@ class ToyStore:
     corpus: ToyCorpus
     found: tuple[Firings, ...]
 
+    def rows(self, numbers: Array, /) -> Rows:
+        corpus = self.corpus
+        return Rows(tokens=corpus.tokens[numbers], documents=corpus.owners[numbers], mask=corpus.mask[numbers])
+
     def firings(self, index: int, /) -> Firings:
         return self.found[index]
 
     def block(self, start: int, stop: int, /) -> list[Firings]:
         return list(self.found[start:stop])
+
+
+def cut(lengths: Sequence[int], body: int, *, packed: bool) -> list[list[tuple[int, int]]]:
+    """Return the (document, tokens) of every row; packed rows are filled to the end, with several documents."""
+    rows: list[list[tuple[int, int]]] = []
+    room = 0
+    for number, length in enumerate(lengths):
+        room = room if packed else 0
+        left = length
+        while left:
+            if not room:
+                rows.append([])
+                room = body
+            taken = min(room, left)
+            rows[-1].append((number, taken))
+            room, left = room - taken, left - taken
+    return rows
 
 
 def build_store(
@@ -53,27 +71,40 @@ def build_store(
     bos: bool = True,
     fixed: Sequence[Split | None] = (),
     seed: int = 0,
+    packed: bool = False,
+    excluded: float = 0.0,
 ) -> ToyStore:
-    """Return a store of ``len(rates)`` latents over documents of ``lengths`` tokens."""
+    """Return a store of ``len(rates)`` latents over documents of ``lengths`` tokens.
+
+    Nothing fires at BOS, nor at a share ``excluded`` of the other positions, which the mask leaves out as well.
+    """
     rng = np.random.default_rng(seed)
     vocabulary = TokenTable([b"", *(f"t{i} ".encode() for i in range(1, 50))], special=[0])
     body = row - bos
-    tokens, owners = [], []
-    for number, length in enumerate(lengths):
-        for start in range(0, length, body):
-            real = min(body, length - start)
-            line, owner = np.zeros(row, np.uint32), np.full(row, -1, np.int32)
-            line[bos : bos + real] = rng.integers(1, 50, real)
-            owner[: bos + real] = number
-            tokens.append(line)
-            owners.append(owner)
+    tokens: list[Array] = []
+    owners: list[Array] = []
+    segments: list[tuple[int, int, int, int]] = []
+    for parts in cut(lengths, body, packed=packed):
+        line, owner = np.zeros(row, np.uint32), np.full(row, -1, np.int32)
+        real = sum(n for _, n in parts)
+        line[bos : bos + real] = rng.integers(1, 50, real)
+        start, stop = 0, int(bos)
+        for number, n in parts:
+            stop += n
+            owner[start:stop] = number
+            segments.append((len(tokens), start, stop, number))
+            start = stop
+        tokens.append(line)
+        owners.append(owner)
     held = np.stack(owners)
     mask = held >= 0
     if bos:
         mask[:, 0] = False
+    if excluded:
+        mask &= rng.random(mask.shape) >= excluded
     corpus = ToyCorpus(
         documents=tuple(ToyDocument(f"doc{i}", fixed[i] if i < len(fixed) else None) for i in range(len(lengths))),
-        row_documents=held.max(axis=1),
+        segments=np.array(segments, np.int64),
         tokens=np.stack(tokens),
         owners=held,
         mask=mask,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from exegete.config import ExampleConfig
 from exegete.errors import InputError, MismatchError
-from exegete.examples import StoreData, select, select_many, split_rows
+from exegete.examples import StoreData, select, select_many, split_segments
 from exegete.types import Array, Example, ExampleSet, Firings, LatentId, Skipped
 
 SMALL = ExampleConfig(window=8, n_train=20, n_test=30, n_negatives=25, min_train=5, min_test=5)
@@ -20,7 +20,7 @@ Make = Callable[..., Any]
 
 
 def opened(store: Any, seed: int = 0) -> StoreData:
-    return StoreData(store, split_rows(store.corpus, seed=seed, test_share=0.4))
+    return StoreData(store, split_segments(store.corpus, seed=seed, test_share=0.4))
 
 
 def chosen(found: ExampleSet | Skipped) -> ExampleSet:
@@ -64,7 +64,7 @@ def store(make_store: Make) -> Any:
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from(["top", "random", "quantiles", "mix"]))
 def test_everything_said_of_a_window_is_true(store: Any, seed: int, centred: bool, strategy: Any) -> None:
-    rows = split_rows(store.corpus, seed=seed, test_share=0.4)
+    rows = split_segments(store.corpus, seed=seed, test_share=0.4)
     config = dataclasses.replace(SMALL, centred=centred, strategy=strategy, min_train=1, min_test=1)
     for index in (0, 1):
         found = chosen(select(StoreData(store, rows), index, config=config, seed=seed))
@@ -318,7 +318,7 @@ def test_firings_point_into_the_rows_of_their_split(store: Any) -> None:
     data = opened(store)
     for split, code in (("train", 0), ("test", 2), ("validation", 1)):
         numbers = data.numbers(split)  # type: ignore[arg-type]
-        assert numbers.tolist() == np.flatnonzero(split_rows(store.corpus, seed=0, test_share=0.4) == code).tolist()
+        assert numbers.tolist() == np.flatnonzero(split_segments(store.corpus, seed=0, test_share=0.4) == code).tolist()
         rows = data.rows(split)  # type: ignore[arg-type]
         assert rows is data.rows(split)  # type: ignore[arg-type]
         assert (rows.tokens == store.corpus.tokens[numbers]).all()
@@ -338,6 +338,7 @@ def test_neighbouring_latents_are_read_at_once(store: Any) -> None:
     class Watched:
         name = "toy"
         corpus = store.corpus
+        rows = store.rows
 
         def firings(self, index: int, /) -> Firings:
             asked.append(index)
@@ -356,12 +357,12 @@ def test_neighbouring_latents_are_read_at_once(store: Any) -> None:
     assert asked[4:] == [2]
 
 
-def test_documents_that_a_cut_divides_count_by_row(make_store: Make) -> None:
+def test_documents_that_a_cut_divides_count_by_segment(make_store: Make) -> None:
     store = make_store(lengths=[63 * 60, 40], rates=[0.1], fixed=[None, "train"])
     data = opened(store)
     train, test = data.rows("train"), data.rows("test")
     assert not set(train.documents[train.documents >= 0]) & set(test.documents[test.documents >= 0])
-    divided = store.corpus.row_documents[data.numbers("train")] == 0
+    divided = store.corpus.segments[data.numbers("train"), 3] == 0
     assert (train.documents[divided].max(axis=1) == 2 + data.numbers("train")[divided]).all()
     assert (train.documents[~divided].max(axis=1) == 1).all()
     assert ((train.documents < 0) == (store.corpus.owners[data.numbers("train")] < 0)).all()
@@ -376,7 +377,7 @@ def test_parts_that_do_not_fit_are_refused(store: Any) -> None:
     with pytest.raises(InputError, match="no train row holds a window of 64 tokens"):
         select(opened(store), 0, config=dataclasses.replace(SMALL, window=64))
     short = opened(store)
-    kept = split_rows(store.corpus, seed=0, test_share=0.4)
+    kept = split_segments(store.corpus, seed=0, test_share=0.4)
     kept[(kept == 2) & (store.corpus.mask.sum(axis=1) >= 40)] = -1
     with pytest.raises(InputError, match="no test row holds a window of 40 tokens"):
         select(StoreData(store, kept), 0, config=dataclasses.replace(SMALL, window=40))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exegete.errors import InputError
-from exegete.examples.split import split_documents, split_rows
+from exegete.examples.split import split_documents, split_segments
 from exegete.types import Array, Split
 
 
@@ -23,12 +23,19 @@ class Document:
 @dataclass(frozen=True)
 class Corpus:
     documents: tuple[Document, ...]
-    row_documents: Array
+    segments: Array
+
+    @property
+    def owners(self) -> Array:
+        return self.segments[:, 3]
 
 
 def corpus(rows_of: list[int], fixed: dict[int, Split] | None = None) -> Corpus:
+    """Documents of so many rows each, one document a row."""
     documents = tuple(Document(f"d{i}", (fixed or {}).get(i)) for i in range(len(rows_of)))
-    return Corpus(documents, np.repeat(np.arange(len(rows_of)), rows_of))
+    owners = np.repeat(np.arange(len(rows_of)), rows_of)
+    n = len(owners)
+    return Corpus(documents, np.stack([np.arange(n), np.zeros(n, np.int64), np.full(n, 8), owners], axis=1))
 
 
 def keys(n: int) -> list[str]:
@@ -81,15 +88,15 @@ def test_wrong_shares_and_lengths_are_refused() -> None:
 @given(st.lists(st.integers(1, 6), min_size=20, max_size=60), st.integers(0, 1000))
 def test_all_rows_of_a_document_share_its_split(rows_of: list[int], seed: int) -> None:
     made = corpus(rows_of, {0: "train", 1: "test", 2: "validation"})
-    rows = split_rows(made, seed=seed, test_share=0.4)
+    rows = split_segments(made, seed=seed, test_share=0.4)
     assert rows.dtype == np.int8
     assert len(rows) == sum(rows_of)
     for number in range(len(rows_of)):
-        assert len(set(rows[made.row_documents == number].tolist())) == 1
+        assert len(set(rows[made.owners == number].tolist())) == 1
     assert set(rows.tolist()) <= {0, 1, 2}
-    assert (rows[made.row_documents == 0] == 0).all()
-    assert (rows[made.row_documents == 1] == 2).all()
-    assert (rows[made.row_documents == 2] == 1).all()
+    assert (rows[made.owners == 0] == 0).all()
+    assert (rows[made.owners == 1] == 2).all()
+    assert (rows[made.owners == 2] == 1).all()
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=19), st.integers(0, 1000), st.floats(0.05, 0.95))
@@ -97,9 +104,9 @@ def test_few_documents_are_cut_into_two_blocks_with_a_gap(rows_of: list[int], se
     n = sum(rows_of)
     if n < 3:
         with pytest.raises(InputError, match="no row is left for the test split of"):
-            split_rows(corpus(rows_of), seed=seed, test_share=share)
+            split_segments(corpus(rows_of), seed=seed, test_share=share)
         return
-    rows = split_rows(corpus(rows_of), seed=seed, test_share=share).tolist()
+    rows = split_segments(corpus(rows_of), seed=seed, test_share=share).tolist()
     gap = rows.index(-1)
     left, right = set(rows[:gap]), set(rows[gap + 1 :])
     assert {frozenset(left), frozenset(right)} == {frozenset({0}), frozenset({2})}
@@ -107,34 +114,34 @@ def test_few_documents_are_cut_into_two_blocks_with_a_gap(rows_of: list[int], se
 
 
 def test_the_seed_draws_which_end_is_judged() -> None:
-    firsts = {int(split_rows(corpus([50]), seed=seed, test_share=0.4)[0]) for seed in range(20)}
+    firsts = {int(split_segments(corpus([50]), seed=seed, test_share=0.4)[0]) for seed in range(20)}
     assert firsts == {0, 2}
 
 
 def test_the_smallest_cut() -> None:
     for share in (0.01, 0.4, 0.99):
-        assert sorted(split_rows(corpus([3]), seed=0, test_share=share).tolist()) == [-1, 0, 2]
+        assert sorted(split_segments(corpus([3]), seed=0, test_share=share).tolist()) == [-1, 0, 2]
 
 
 def test_few_documents_that_the_source_fixed_are_left_alone() -> None:
-    rows = split_rows(corpus([2, 3, 10], {0: "test", 1: "train"}), seed=0, test_share=0.4)
+    rows = split_segments(corpus([2, 3, 10], {0: "test", 1: "train"}), seed=0, test_share=0.4)
     assert rows[:5].tolist() == [2, 2, 0, 0, 0]
     assert sorted(rows[5:].tolist()) == [-1, *[0] * 5, *[2] * 4]
     # Two rows cannot be cut; they go to training and what is fixed stays.
-    assert split_rows(corpus([2, 2], {0: "test"}), seed=0, test_share=0.4).tolist() == [2, 2, 0, 0]
+    assert split_segments(corpus([2, 2], {0: "test"}), seed=0, test_share=0.4).tolist() == [2, 2, 0, 0]
 
 
 @pytest.mark.parametrize("missing", ["train", "test"])
 def test_an_empty_split_is_refused_with_what_to_do(missing: str) -> None:
     other: Split = "test" if missing == "train" else "train"
     with pytest.raises(InputError, match=rf"{missing} split of 25 documents in 25 rows; give more text"):
-        split_rows(corpus([1] * 25, dict.fromkeys(range(25), other)), seed=0, test_share=0.4)
+        split_segments(corpus([1] * 25, dict.fromkeys(range(25), other)), seed=0, test_share=0.4)
     with pytest.raises(InputError, match="no row is left"):
-        split_rows(corpus([]), seed=0, test_share=0.4)
+        split_segments(corpus([]), seed=0, test_share=0.4)
 
 
 def test_real_rows_split_before_anything_is_drawn(make_store: Callable[..., Any]) -> None:
     store = make_store(lengths=[100] * 40, rates=[0.1])
-    rows = split_rows(store.corpus, seed=0, test_share=0.4)
-    owners = store.corpus.row_documents
+    rows = split_segments(store.corpus, seed=0, test_share=0.4)
+    owners = store.corpus.segments[:, 3]
     assert not set(owners[rows == 0]) & set(owners[rows == 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 
@@ -39,6 +40,7 @@ def ranges(draw: st.DrawFn) -> PositionIn:
     return PositionIn(max(low, 1) if high is None else low, high, draw(st.booleans()))
 
 
+@functools.cache
 def conditions(ids: int) -> st.SearchStrategy[Condition]:
     tokens, flag = token_lists(ids), st.booleans()
     return st.one_of(
@@ -60,6 +62,7 @@ def clauses(ids: int) -> st.SearchStrategy[Clause]:
     )
 
 
+@functools.cache
 def rules(ids: int) -> st.SearchStrategy[Rule]:
     return st.lists(clauses(ids), min_size=1, max_size=3).map(lambda c: Rule(tuple(c)))
 

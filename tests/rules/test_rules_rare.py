@@ -10,7 +10,7 @@ import pytest
 
 from exegete.config import CorpusConfig
 from exegete.demo import assets
-from exegete.examples import split_rows
+from exegete.examples import split_segments
 from exegete.rules import evaluate_many, render, search_rules
 from exegete.store.corpus import build_corpus
 from exegete.store.sources import text_documents
@@ -77,11 +77,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     table = token_table(tokenizer)
     config = CorpusConfig(text=("stdlib",), row_length=128, max_tokens=500_000)
     corpus = build_corpus(folder / "corpus", text_documents(config.text), tokenizer, config, table=table)
-    sides = split_rows(corpus, seed=0, test_share=0.4)
-    rows: dict[Split, Rows] = {
-        "train": corpus.rows(np.flatnonzero(sides == 0)),
-        "test": corpus.rows(np.flatnonzero(sides == 2)),
-    }
+    sides = split_segments(corpus, seed=0, test_share=0.4)
+    numbers = corpus.segments[:, 0]
+    rows: dict[Split, Rows] = {"train": corpus.rows(numbers[sides == 0]), "test": corpus.rows(numbers[sides == 2])}
     return Planted(rows, table, list(KINDS.values()))
 
 

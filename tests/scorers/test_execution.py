@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from typing import Any
@@ -11,6 +12,7 @@ from sklearn.metrics import average_precision_score
 from exegete.errors import InputError
 from exegete.metrics import wilson
 from exegete.rules.evaluate import RuleMetrics
+from exegete.rules.language import Clause, Rule, TokenAt
 from exegete.scorers.execution import EXACT, ExecutionScorer, execution_scores
 from exegete.scorers.scorer import scorers
 from exegete.types import Explanation, LatentId, Score
@@ -149,3 +151,25 @@ def test_it_needs_all_firings(world: Any) -> None:
     assert scorers.from_spec(ExecutionScorer(baselines=False).spec).spec["args"] == {"baselines": False}
     with pytest.raises(InputError, match="all firings"):
         list(ExecutionScorer().score([(world.explanation(3), world.view(3))]))
+
+
+def test_a_rule_does_not_look_into_the_document_before(world: Any, word_data: Any) -> None:
+    """Rows that hold two documents each: what stands before the second one is not its context."""
+    data = word_data()
+    for split in ("train", "test"):
+        rows = data.rows(split)
+        documents = rows.documents * 2 + (np.arange(rows.length) >= 20)
+        data.made[split] = dataclasses.replace(rows, documents=documents)
+    rows, active = data.rows("test"), data.activations(3, "test")
+    after = np.zeros(rows.tokens.shape, bool)
+    after[:, 1:] = rows.tokens[:, :-1] == 3
+    assert (after[:, 20] & rows.mask[:, 20]).any()
+    after[:, 20] = False
+    rule = Rule((Clause((TokenAt(1, (3,)),), 0.9, 1.0),))
+    explanation = dataclasses.replace(world.explanation(3), program=rule.to_json())
+    (scoring,) = ExecutionScorer(baselines=False).score([(explanation, view_of(world, 3, data))])
+    found = {s.metric: s for s in scoring.scores}
+    said, truth = after[rows.mask], (active > 0)[rows.mask]
+    assert found["precision"].n_total == said.sum()
+    assert found["precision"].value == (said & truth).sum() / said.sum()
+    assert found["recall"].value == (said & truth).sum() / truth.sum()

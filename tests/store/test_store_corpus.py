@@ -17,6 +17,7 @@ from exegete.config import CorpusConfig
 from exegete.errors import BusyError, CorruptError, InputError, MismatchError, NotFoundError
 from exegete.files import RunLock, fault_hook
 from exegete.store import corpus as building
+from exegete.store import encoding
 from exegete.store.corpus import Corpus, TextDocument, build_corpus, copy_corpus, open_corpus, tokenizer_hash
 from exegete.tokens import TokenTable
 
@@ -94,10 +95,8 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     assert rows.documents.tolist() == [[0] * 8, [0] * 4 + [pad] * 4, [1] * 2 + [pad] * 6]
     assert rows.mask.sum(axis=1).tolist() == [7, 3, 1]
     assert not rows.mask[:, 0].any()
-    assert corpus.row_lengths.tolist() == [8, 4, 2]
-    assert corpus.row_documents.tolist() == [0, 0, 1]
-    assert corpus.row_documents.dtype == np.int32
-    assert corpus.row_lengths.dtype == np.int32
+    assert corpus.segments.tolist() == [[0, 0, 8, 0], [1, 0, 4, 0], [2, 0, 2, 1]]
+    assert corpus.attend == "row"
     assert (corpus.n_rows, corpus.n_tokens, corpus.n_counted, corpus.row_length) == (3, 11, 11, 8)
     assert [(d.key, d.split, d.n_bytes) for d in corpus.documents] == [("d0", None, 12), ("d2", None, 1)]
 
@@ -111,12 +110,14 @@ def test_rows_of_a_document_decode_to_its_text_and_are_its_own(
 ) -> None:
     tokenizer = FastTokenizer(bos=has_bos)
     with tempfile.TemporaryDirectory() as folder:
-        corpus = make(Path(folder), docs(*texts), tokenizer=tokenizer, row_length=row_length, bos=wants_bos)
+        corpus = make(
+            Path(folder), docs(*texts), tokenizer=tokenizer, row_length=row_length, bos="row" if wants_bos else "none"
+        )
         rows = corpus.rows(slice(None))
         decoded = [""] * len(corpus.documents)
         for i in range(corpus.n_rows):
             assert rows.mask[i].any()
-            assert set(rows.documents[i]) - {-1} == {corpus.row_documents[i]}
+            assert set(rows.documents[i]) - {-1} == {corpus.segments[i, 3]}
             assert (rows.tokens[i, 0] == tokenizer.bos_token_id) == (wants_bos and has_bos)
             assert (rows.tokens[i][rows.documents[i] < 0] == 0).all()
             assert (
@@ -175,9 +176,9 @@ def test_rows_by_slice_and_by_indices(tmp_path: Path) -> None:
 def test_long_documents_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ("first line\nsecond line\n\nlong" + "g" * 30, "b" * 25, "c")
     whole = make(tmp_path / "a", docs(*texts))
-    monkeypatch.setattr(building, "_PIECE", 12)
+    monkeypatch.setattr(encoding, "_PIECE", 12)
     pieces = make(tmp_path / "b", docs(*texts))
-    monkeypatch.setattr(building, "_BATCH", 1)
+    monkeypatch.setattr(encoding, "_BATCH", 1)
     single = make(tmp_path / "c", docs(*texts))
     assert np.array_equal(whole.tokens, pieces.tokens)
     assert whole.hash == pieces.hash == single.hash
@@ -189,14 +190,14 @@ def test_long_documents_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.M
 def test_the_limit_cuts_at_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, n_tokens: int, piece: int
 ) -> None:
-    monkeypatch.setattr(building, "_PIECE", piece)
+    monkeypatch.setattr(encoding, "_PIECE", piece)
     corpus = make(tmp_path, docs("a" * 16, "bbb"), max_tokens=limit)
     assert corpus.n_tokens == n_tokens
     assert len(corpus.documents) == 1 + (n_tokens > 16)
 
 
 def test_the_limit_stops_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "_BATCH", 2)
+    monkeypatch.setattr(encoding, "_BATCH", 2)
 
     def endless() -> Iterator[TextDocument]:
         for i in range(1000):
@@ -235,7 +236,7 @@ def test_a_second_build_returns_the_first_without_reading_text(tmp_path: Path) -
     ("change", "words"),
     [
         ({"row_length": 9}, "row_length: 8 there, 9 now"),
-        ({"max_tokens": 5, "bos": False}, "bos: True there, False now; max_tokens: None there, 5 now"),
+        ({"max_tokens": 5, "bos": "none"}, "bos: 'row' there, 'none' now; .*max_tokens: None there, 5 now"),
         ({"tokenizer": FastTokenizer(merges=False)}, "token_table: .*; tokenizer: "),
     ],
 )
@@ -281,7 +282,7 @@ def test_the_hash_is_that_of_the_contents(tmp_path: Path) -> None:
     others = [
         hashed("c", docs("abd", "d")),
         hashed("d", docs("abc")),
-        hashed("e", docs("abc", "d"), bos=False),
+        hashed("e", docs("abc", "d"), bos="none"),
         hashed("f", docs("abc", "d"), row_length=9),
         hashed("g", [TextDocument(key="d0", text="abc", split="test"), *docs("abc", "d")[1:]]),
         hashed("h", docs("abc", "d"), tokenizer=FastTokenizer(merges=False)),
@@ -310,7 +311,7 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
 
 def test_another_format_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "FORMAT", 9)
-    with pytest.raises(InputError, match="has format 9, this version reads 1"):
+    with pytest.raises(InputError, match="has format 9, this version reads 2"):
         make(tmp_path, docs("abc"))
 
 

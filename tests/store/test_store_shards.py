@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from exegete.errors import CorruptError, InputError
 from exegete.store import shards
-from exegete.store.shards import OpenShards, ShardBuilder, open_shard
+from exegete.store.shards import OpenShards, ShardBuilder, ShardShape, ShardWriter, open_shard
 from exegete.types import Array
 
 WIDTH, LENGTH = 7, 4
@@ -50,9 +50,12 @@ def test_a_written_shard_reads_back_mapped_and_aligned(tmp_path: Path) -> None:
     builder = build(some(1), row_start=40)
     sha = builder.write(tmp_path / "a.bin")
     shard = open_shard(tmp_path / "a.bin")
-    assert (shard.row_start, shard.n_rows, shard.row_length, shard.width) == (40, 5, LENGTH, WIDTH)
-    assert (shard.n_firings, shard.sha256) == (builder.n_firings, sha)
-    for mapped, made in zip((shard.offsets, shard.positions, shard.codes), builder.sorted_by_latent(), strict=True):
+    shape = shard.shape
+    assert (shape.row_start, shape.n_rows, shape.row_length, shape.n_latents) == (40, 5, LENGTH, WIDTH)
+    assert (shape.n_firings, shape.latent_start, shape.n_excluded, shape.bits) == (builder.n_firings, 0, 0, 16)
+    assert shard.sha256 == sha
+    made_of = build(some(1)).sorted_by_latent()
+    for mapped, made in zip((shard.offsets, shard.positions, shard.codes), made_of, strict=True):
         assert np.array_equal(mapped, made)
         assert mapped.ctypes.data % 64 == 0
         assert isinstance(mapped, np.memmap)
@@ -63,7 +66,7 @@ def test_a_written_shard_reads_back_mapped_and_aligned(tmp_path: Path) -> None:
 def test_a_shard_without_firings(tmp_path: Path) -> None:
     build(np.zeros((2, LENGTH, WIDTH), np.int64)).write(tmp_path / "a.bin")
     shard = open_shard(tmp_path / "a.bin")
-    assert (shard.n_rows, shard.n_firings) == (2, 0)
+    assert (shard.shape.n_rows, shard.shape.n_firings) == (2, 0)
     assert not shard.offsets.any()
 
 
@@ -110,12 +113,12 @@ def test_a_shard_cut_short_or_missing_is_damaged(tmp_path: Path, keep: int) -> N
 
 
 def test_another_format_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "FORMAT", 2)
+    monkeypatch.setattr(shards, "FORMAT", 1)
     build(some(3)).write(tmp_path / "a.bin")
     monkeypatch.undo()
-    with pytest.raises(InputError, match="shard format 2, this version reads 1"):
+    with pytest.raises(InputError, match="shard format 1, this version reads 2"):
         open_shard(tmp_path / "a.bin")
-    assert struct.unpack_from("<I", (tmp_path / "a.bin").read_bytes(), 8) == (2,)
+    assert struct.unpack_from("<I", (tmp_path / "a.bin").read_bytes(), 8) == (1,)
 
 
 def test_at_most_so_many_maps_are_open(tmp_path: Path) -> None:
@@ -123,7 +126,7 @@ def test_at_most_so_many_maps_are_open(tmp_path: Path) -> None:
     opened = OpenShards(tmp_path, limit=2)
     for _ in range(2):
         for i, (file, sha) in enumerate(sums.items()):
-            assert opened.get(file, sha).row_start == i
+            assert opened.get(file, sha).shape.row_start == i
             assert len(opened) <= 2
     assert opened.get("4.bin", sums["4.bin"]) is opened.get("4.bin", sums["4.bin"])
     with pytest.raises(CorruptError, match="not the shard its manifest lists"):
@@ -155,9 +158,68 @@ def test_a_position_shared_by_neighbouring_latents_is_fine() -> None:
     assert codes.tolist() == [2, 3, 1]
 
 
-def test_a_shard_too_large_for_the_sort_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MAX_FIRINGS", 9)
-    builder = ShardBuilder(row_start=0, row_length=2, width=9)
-    builder.add(np.zeros(8, int), np.zeros(0, int), np.zeros(0, int))
-    with pytest.raises(InputError, match=r"set a smaller collect\.shard_rows"):
-        builder.add(np.zeros(2, int), np.zeros(0, int), np.zeros(0, int))
+def test_a_shard_too_large_for_the_sort_is_refused() -> None:
+    builder = ShardBuilder(row_start=0, row_length=1 << 30, width=9)
+    builder.n_rows = 1
+    with pytest.raises(InputError, match="set a smaller shard size"):
+        builder.add(np.zeros(1 << 30, np.int8), np.zeros(0, int), np.zeros(0, int))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 5), start=st.integers(0, 9), size=st.integers(0, 9))
+def test_positions_beyond_sixteen_bits_and_ranges_of_latents(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, rows: int, start: int, size: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    length, width = 30_000, 9
+    path = tmp_path_factory.mktemp("wide") / "a.bin"
+    at = np.sort(rng.choice(rows * length, 400, replace=False))
+    latents, codes = rng.integers(0, width, 400), rng.integers(0, 1 << 16, 400).astype(np.uint16)
+    counts = np.bincount(at, minlength=rows * length)
+    excluded = np.flatnonzero(counts == 0)[::5000]
+    builder = ShardBuilder(row_start=7, row_length=length, width=width)
+    builder.add(counts, latents, codes, excluded)
+    builder.write(path)
+    shard = open_shard(path)
+    assert shard.shape.blocks == -(-rows * length // 65536)
+    assert shard.excluded.tolist() == excluded.tolist()
+    assert shard.counts().tolist() == np.bincount(latents, minlength=width).tolist()
+    stop = start + size
+    found, positions, values = shard.piece(start, stop)
+    assert found.tolist() == [int((latents == latent).sum()) for latent in range(start, stop)]
+    assert positions.tolist() == [p for latent in range(start, stop) for p in at[latents == latent].tolist()]
+    assert values.tolist() == [c for latent in range(start, stop) for c in codes[latents == latent].tolist()]
+
+
+def test_a_firing_costs_little_over_four_bytes(tmp_path: Path) -> None:
+    builder = ShardBuilder(row_start=0, row_length=256, width=4096)
+    n = 256 * 40
+    builder.add(np.full(n, 32), np.tile(np.arange(32), n), np.ones(32 * n, np.uint16))
+    builder.write(tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").stat().st_size / (32 * n) < 4.1
+
+
+def test_few_firings_of_a_wide_coder_take_the_smaller_layout(tmp_path: Path) -> None:
+    builder = ShardBuilder(row_start=0, row_length=1 << 18, width=1000)
+    counts = np.zeros(1 << 18, int)
+    counts[[3, 70_000]] = 1
+    builder.add(counts, np.array([999, 5]), np.array([1, 2]))
+    builder.write(tmp_path / "a.bin")
+    shard = open_shard(tmp_path / "a.bin")
+    assert (shard.shape.bits, shard.shape.blocks) == (32, 1)
+    assert shard.piece(5, 6)[1].tolist() == [70_000]
+    assert shard.piece(999, 1000)[1].tolist() == [3]
+
+
+def test_a_shard_given_other_firings_than_promised_is_not_written(tmp_path: Path) -> None:
+    fields = {"row_start": 0, "n_rows": 1, "row_length": 4, "latent_start": 0, "n_latents": 1, "n_excluded": 0}
+    shape = ShardShape.fitting(**fields, n_firings=2)
+
+    def write() -> None:
+        with ShardWriter.open(tmp_path / "a.bin", shape) as writer:
+            writer.append(np.array([1]), np.array([0]), np.array([1], np.uint16))
+            writer.finish(np.zeros(0, np.uint64))
+
+    with pytest.raises(RuntimeError, match="another number"):
+        write()
+    assert not list(tmp_path.iterdir())

@@ -83,9 +83,9 @@ def test_what_is_not_there_is_said_before_anything_is_read(tmp_path: Path) -> No
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(NotFoundError, match="holds no text"):
         text_documents([str(tmp_path)])
-    (tmp_path / "a.parquet").write_bytes(b"")
-    with pytest.raises(InputError, match=r"a\.parquet is not text"):
-        text_documents([str(tmp_path / "a.parquet")])
+    (tmp_path / "a.zip").write_bytes(b"")
+    with pytest.raises(InputError, match=r"a\.zip is not text"):
+        text_documents([str(tmp_path / "a.zip")])
 
 
 def test_the_standard_library_without_tests_and_tables(folder: Path) -> None:

@@ -19,7 +19,7 @@ from exegete.store import store as module
 from exegete.store.corpus import Corpus, TextDocument, build_corpus
 from exegete.store.manifest import ShardEntry, StoreManifest, load_manifest, save_manifest
 from exegete.store.shards import ShardBuilder
-from exegete.store.stats import latent_stats, save_summary
+from exegete.store.stats import latent_stats, save_summary, summarise
 from exegete.store.store import Store
 from exegete.store.values import ENCODING, decode_values, encode_values
 from exegete.tokens import TokenTable
@@ -75,8 +75,11 @@ def save(folder: Path, corpus: Corpus, dense: Array, cuts: tuple[int, ...], *, c
                 file=f"{start}.bin",
                 row_start=start,
                 row_stop=stop,
+                latent_start=0,
+                latent_stop=WIDTH,
                 n_positions=int(mask[start:stop].sum()),
                 n_firings=builder.n_firings,
+                tier=0,
                 sha256=sha,
             )
         )
@@ -86,6 +89,7 @@ def save(folder: Path, corpus: Corpus, dense: Array, cuts: tuple[int, ...], *, c
         subject_hash="s",
         tokenizer_hash="t",
         coder_hash="c",
+        coder="topk",
         corpus_hash=corpus.hash,
         corpus="../corpus",
         hookpoint="layers.0",
@@ -96,6 +100,7 @@ def save(folder: Path, corpus: Corpus, dense: Array, cuts: tuple[int, ...], *, c
         batch_plan={"rows": 1, "row_length": LENGTH},
         device="cpu",
         dtype="float32",
+        compiled=False,
         threads=1,
         values=ENCODING,
         versions={},
@@ -103,7 +108,7 @@ def save(folder: Path, corpus: Corpus, dense: Array, cuts: tuple[int, ...], *, c
         shards=tuple(entries),
     )
     if complete:
-        summary, content = Store(folder, manifest).scan()
+        summary, content = Store(folder, manifest, corpus).scan()
         save_summary(folder, summary)
         manifest = dataclasses.replace(manifest, complete=True, content_hash=content)
     save_manifest(folder, manifest)
@@ -149,10 +154,11 @@ def test_cuts_and_blocks_do_not_change_the_content_hash(
     cut = save(folder / "cut", corpus, dense, tuple(sorted(cuts)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_BLOCK", block)
+        cut, whole = (Store.open(store.folder, corpus) for store in (cut, whole))
         assert cut.content_hash() == whole.manifest.content_hash == cut.manifest.content_hash
         summary = cut.scan()[0]
-    for name in ("counts", "maxima", "totals", "sum_squares"):
-        assert getattr(summary, name).tolist() == getattr(whole.summary, name).tolist()
+    for field in dataclasses.fields(summary):
+        assert np.array_equal(getattr(summary, field.name), getattr(whole.summary, field.name)), field.name
 
 
 def test_every_change_of_a_firing_changes_the_content_hash(corpus: Corpus, tmp_path: Path) -> None:
@@ -164,13 +170,15 @@ def test_every_change_of_a_firing_changes_the_content_hash(corpus: Corpus, tmp_p
     louder[row, position, 1] = value * np.float32(1.01)
     other[row, position, 1], other[row, position, 2] = 0, value
     kinds = enumerate((dense, moved, louder, other))
-    assert len({save(tmp_path / str(i), corpus, d, ()).content_hash() for i, d in kinds}) == 4
+    assert len({save(tmp_path / str(i), corpus, d, ()).manifest.content_hash for i, d in kinds}) == 4
 
 
 def test_stats_equal_the_obvious_ones(corpus: Corpus, tmp_path: Path) -> None:
     dense = some(corpus)
     store = Store(tmp_path, save(tmp_path, corpus, dense, (2,)).manifest, corpus)
-    n_counted = int(corpus.rows(slice(None)).mask.sum())
+    mask = corpus.rows(slice(None)).mask
+    n_counted = int(mask.sum())
+    firsts, lasts = (np.argmax(m, axis=1) for m in (mask, mask[:, ::-1]))
     for stats in store.stats():
         own = dense[:, :, stats.latent.index]
         fired = own[own > 0].astype(np.float64)
@@ -184,6 +192,8 @@ def test_stats_equal_the_obvious_ones(corpus: Corpus, tmp_path: Path) -> None:
         assert list(stats.top_tokens) == sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:10]
         shares = [c / len(letters) for c in counts.values()]
         assert stats.token_entropy == pytest.approx(-sum(s * math.log2(s) for s in shares))
+        ends = [sum(own[row, column] > 0 for row, column in enumerate(c)) for c in (firsts, LENGTH - 1 - lasts)]
+        assert [stats.first_share, stats.last_share] == [end / max(len(fired), 1) for end in ends]
         assert len(stats.edges) == len(stats.histogram) + 1
         assert stats.histogram.tolist() == np.histogram(fired, stats.edges)[0].tolist() if len(fired) else True
         assert stats.histogram.sum() == len(fired)
@@ -193,13 +203,27 @@ def test_stats_equal_the_obvious_ones(corpus: Corpus, tmp_path: Path) -> None:
 
 
 def test_stats_by_hand() -> None:
-    codes = encode_values(np.array([1.0, 1.5, 4.0, 0.5], np.float32))
-    stats = latent_stats(LatentId(coder="c", index=0), codes, np.array([7, 9, 7, 9]), n_positions=40, n_top=1)
+    codes = encode_values(np.array([1.0, 1.5, 4.0, 0.5, 0.25], np.float32))
+    summary = summarise(np.array([0, 4, 4, 5]), codes, np.array([7, 9, 7, 9, 3]), np.array([1, 0, 2, 3, 0], np.uint8))
+    stats = latent_stats(summary, 0, LatentId(coder="c", index=0), n_positions=40, n_top=1)
     assert (stats.count, stats.rate, stats.maximum, stats.mean, stats.sum_squares) == (4, 0.1, 4.0, 1.75, 19.5)
     assert stats.edges.tolist() == [0.5, 1, 2, 4, 8]
     assert stats.histogram.tolist() == [1, 2, 0, 1]
     assert stats.top_tokens == ((7, 2),)
     assert stats.token_entropy == 1.0
+    assert (stats.first_share, stats.last_share) == (0.5, 0.5)
+    assert summary.distinct.tolist() == [2, 0, 1]
+    silent = latent_stats(summary, 1, LatentId(coder="c", index=1), n_positions=40)
+    assert (silent.count, silent.top_tokens, silent.histogram.tolist(), silent.first_share) == (0, (), [], 0.0)
+
+
+def test_only_so_many_top_tokens_are_kept() -> None:
+    tokens = np.repeat(np.arange(20), np.arange(20, 0, -1))
+    codes = np.full(len(tokens), 5, np.uint16)
+    summary = summarise(np.array([0, len(tokens)]), codes, tokens, np.zeros(len(tokens), np.uint8))
+    assert summary.top_tokens.tolist() == [list(range(10))]
+    assert summary.top_counts.tolist() == [list(range(20, 10, -1))]
+    assert summary.distinct.tolist() == [20]
 
 
 def test_an_unfinished_store_holds_its_rows_so_far(corpus: Corpus, tmp_path: Path) -> None:
@@ -267,7 +291,7 @@ def test_manifests_round_trip_and_hostile_ones_are_refused(corpus: Corpus, tmp_p
     data = manifest.to_json()
     with pytest.raises(CorruptError, match="does not parse"):
         StoreManifest.from_json({**data, "more": 1})
-    with pytest.raises(CorruptError, match="do not join at row 2"):
+    with pytest.raises(CorruptError, match="do not fit together"):
         StoreManifest.from_json({**data, "shards": [data["shards"][0], data["shards"][2]]})
     with pytest.raises(InputError, match="cannot be used"):
         StoreManifest.from_json({**data, "shards": [{**data["shards"][0], "file": "../../etc/passwd"}]})

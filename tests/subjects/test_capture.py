@@ -264,3 +264,10 @@ def test_randomised_permutes_vectors(subjects: dict[str, Subject]) -> None:
     weight = randomised(subject, 0).model.base_model.layers[0].input_layernorm.weight
     assert torch.equal(weight.sort().values, torch.arange(16.0))
     assert not torch.equal(weight, torch.arange(16.0))
+
+
+def test_randomised_refuses_weights_that_are_not_there(subjects: dict[str, Subject]) -> None:
+    subject = Subject(toy_model(CONFIGS["llama"][0]), subjects["llama"].tokenizer, name="x")
+    subject.model.base_model.layers[2].to("meta")
+    with pytest.raises(InputError, match="some weights of x are left on disk; load it without a device map"):
+        randomised(subject, 0)

@@ -59,7 +59,7 @@ VISION = (
         ("blocks.3.hook_attn_out", NEOX, [("layers.3.attention", "output")]),
         ("blocks.3.hook_attn_out", GEMMA, [("layers.3.post_attention_layernorm", "output")]),
         ("blocks.3.mlp.hook_in", LLAMA, [("layers.3.mlp", "input")]),
-        ("blocks.3.ln2.hook_normalized", GEMMA, [("layers.3.mlp", "input")]),
+        ("blocks.3.hook_resid_mid", GEMMA, [("layers.3.pre_feedforward_layernorm", "input")]),
         ("blocks.3.mlp.hook_post", LLAMA, [("layers.3.mlp.down_proj", "input")]),
         ("blocks.3.mlp.hook_post", NEOX, [("layers.3.mlp.dense_4h_to_h", "input")]),
         ("blocks.3.attn.hook_z", GPT2, [("h.3.attn.c_proj", "input")]),
@@ -118,7 +118,19 @@ def test_unknown_names_the_near_ones() -> None:
     with pytest.raises(NotFoundError, match=r"'layers\.3\.mpl'.*layers\.3\.mlp"):
         expand("layers.3.mpl", LLAMA)
     with pytest.raises(NotFoundError, match=r"understood are hook_embed, blocks\.L\.hook_resid_pre"):
-        expand("blocks.3.hook_resid_mid", LLAMA)
+        expand("blocks.3.hook_scale", LLAMA)
+    with pytest.raises(NotFoundError, match="without the norm's gain"):
+        expand("blocks.3.ln2.hook_normalized", LLAMA)
+
+
+def test_the_stream_before_the_mlp() -> None:
+    assert expand("blocks.3.hook_resid_mid", ["layers.3", "layers.3.post_attention_layernorm"]) == (
+        ("layers.3.post_attention_layernorm", "input"),
+    )
+    assert expand("blocks.3.hook_resid_mid", ["h.3", "h.3.ln_2", "h.3.mlp"]) == (("h.3.ln_2", "input"),)
+    olmo = ["layers.3", "layers.3.post_attention_layernorm", "layers.3.post_feedforward_layernorm"]
+    with pytest.raises(NotFoundError):
+        expand("blocks.3.hook_resid_mid", olmo)
 
 
 def test_a_coder_repository_has_no_layer_modules() -> None:

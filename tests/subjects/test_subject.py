@@ -11,10 +11,11 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exegete.errors import CorruptError, InputError, MismatchError, NotFoundError
+from exegete.errors import CorruptError, InputError, MismatchError, MissingExtraError, NotFoundError
 from exegete.subjects import load_subject
-from exegete.subjects.subject import Subject, looks_like_path
-from exegete.testing import BOS, TEXTS, toy_llama, toy_model, toy_tokenizer
+from exegete.subjects.load import looks_like_path
+from exegete.subjects.subject import Subject
+from exegete.testing import BOS, TEXTS, toy_llama, toy_model, toy_tokenizer, toy_topk_coder
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -231,6 +232,7 @@ def test_no_model_folder(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="does not hold settings"):
         load_subject(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(InputError, match="nonsense"):
         load_subject(str(tmp_path))
 
@@ -258,15 +260,65 @@ def test_damaged_and_missing_weights(copied: Path, tmp_path: Path) -> None:
     with pytest.raises((CorruptError, InputError), match="copy"):
         load_subject(str(copied))
     weights.unlink()
-    with pytest.raises(NotFoundError, match="copy"):
+    with pytest.raises(NotFoundError, match=r"copy' has a config\.json but no weights"):
         load_subject(str(copied))
 
 
-def test_a_folder_without_tokenizer(copied: Path) -> None:
-    (copied / "tokenizer.json").unlink()
-    (copied / "tokenizer_config.json").unlink()
-    with pytest.raises(InputError, match="tokenizer"):
+@pytest.mark.parametrize("names", [["tokenizer.json", "tokenizer_config.json"], ["tokenizer.json"]])
+def test_a_folder_without_tokenizer(copied: Path, names: list[str]) -> None:
+    for name in names:
+        (copied / name).unlink()
+    with pytest.raises(InputError, match=r"copy' has no tokenizer.*tokenizer\.save_pretrained") as refused:
         load_subject(str(copied))
+    assert "\n" not in str(refused.value)
+
+
+def test_coders_are_no_subject(copied: Path, tmp_path: Path) -> None:
+    coder = tmp_path / "release" / "blocks.3.hook_resid_pre"
+    coder.mkdir(parents=True)
+    (coder / "cfg.json").write_text("{}")
+    (coder / "sae_weights.safetensors").touch()
+    for folder in (coder, coder.parent, toy_topk_coder(tmp_path / "sparsify")):
+        with pytest.raises(InputError, match="looks like a coder: give it as the coder"):
+            load_subject(str(folder))
+
+
+def test_a_repository_without_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError("jbloom/SAEs does not appear to have a file named config.json.\nCheckout 'https://…' for files.")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(NotFoundError, match=r"'jbloom/SAEs' is no model: it has no config\.json; if it holds coders"):
+        load_subject("jbloom/SAEs")
+
+
+def test_weights_and_config_that_do_not_belong_together(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    with pytest.raises(CorruptError, match=r"other shapes than its config\.json says"):
+        load_subject(str(copied))
+    assert "MISMATCH" not in capfd.readouterr().err
+    (copied / "config.json").unlink()
+    with pytest.raises(InputError, match=r"no config\.json; put the config\.json of the model beside its weights"):
+        load_subject(str(copied))
+
+
+def test_device_maps(llama: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    spread = load_subject(str(llama), device_map="auto", dtype="float32")
+    assert spread.hash == subject.hash
+    assert spread.device == spread.model.get_input_embeddings().weight.device
+    ids = torch.tensor([[1, 2, 3]])
+    point: Any = ("layers.1", "output")
+    value = spread.capture(ids, None, [point])[point]
+    assert value.device == spread.model.base_model.layers[1].mlp.up_proj.weight.device
+    torch.testing.assert_close(value.cpu(), subject.capture(ids, None, [point])[point], rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="unknown device map 'cuda:0'; allowed: auto, balanced"):
+        load_subject(str(llama), device_map="cuda:0")
+    with pytest.raises(InputError, match="leave out device 'cpu'"):
+        load_subject(str(llama), device_map="auto", device="cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'exegete\[big\]'"):
+        load_subject(str(llama), device_map="auto")
 
 
 def test_devices_and_dtypes(llama: Path) -> None:

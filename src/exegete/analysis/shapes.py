@@ -97,7 +97,8 @@ class CoderSummary:
     """One coder: how many latents there are, are alive, were selected, explained and skipped, and what came of it.
 
     ``base`` is the trained coder that a null belongs to, its own name for a trained one; ``role`` one of ``ROLES``;
-    ``skipped`` counts by (stage, reason); ``entropy`` is the median token entropy of the selected latents in bits.
+    ``skipped`` counts by (stage, reason); ``entropy`` is the median token entropy of the selected latents in bits;
+    ``fvu`` and ``l0`` were measured on the first rows, NaN where they could not be; ``warnings`` say what looked wrong.
     """
 
     name: str
@@ -109,6 +110,9 @@ class CoderSummary:
     n_explained: int
     skipped: tuple[tuple[str, str, int], ...]
     entropy: Interval
+    fvu: float
+    l0: float
+    warnings: tuple[str, ...]
     explainers: tuple[ExplainerSummary, ...]
 
     @property

@@ -8,6 +8,7 @@ first.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict
 from typing import Any, final
@@ -119,6 +120,9 @@ def _coder(results: Results, latents: _Latents, name: str) -> CoderSummary:
         n_explained=len(explained),
         skipped=tuple((stage, reason, n) for (stage, reason), n in sorted(skips.items())),
         entropy=median_interval(_finite(latents.entropy(name))),
+        fvu=float((about.get("quality") or {}).get("fvu", math.nan)),
+        l0=float((about.get("quality") or {}).get("l0", math.nan)),
+        warnings=tuple(about.get("warnings") or ()),
         explainers=explainers,
     )
 

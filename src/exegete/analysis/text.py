@@ -92,12 +92,16 @@ def _latents(coders: Sequence[CoderSummary]) -> list[str]:
                 f"{coder.n_selected:,}",
                 f"{coder.n_explained:,}",
                 f"{coder.n_skipped:,}",
+                number(coder.fvu, digits=3),
+                number(coder.l0, digits=1),
                 bracket(coder.entropy, digits=2),
             )
         )
-    heads = ("coder", "latents", "alive", "selected", "explained", "skipped", "token entropy, bits")
+    heads = ("coder", "latents", "alive", "selected", "explained", "skipped", "FVU", "L0", "token entropy, bits")
     lines = _table("Latents", heads, rows)
     for coder in coders:
+        for warning in coder.warnings:
+            lines.insert(-1, f"  warning: {_short(coder.name)} {visible_line(warning)}")
         for stage, reason, n in coder.skipped:
             lines.insert(-1, f"  {_short(coder.name)}: {n:,} skipped at {stage}: {visible_line(reason)}"[:WIDTH])
     return lines

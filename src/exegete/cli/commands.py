@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -24,6 +25,8 @@ def run(options: argparse.Namespace) -> int:
         "explain": _explain,
         "score": _score,
         "report": _report,
+        "inspect": _inspect,
+        "store": _compact,
         "status": _status,
     }[options.command](options)
 
@@ -55,7 +58,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _collect(options: argparse.Namespace) -> int:
-    from exegete.pipeline import Pipeline, prepare
+    from exegete.pipeline import Pipeline
+    from exegete.preparing import prepare
     from exegete.runs import Run
 
     config = _config(options)
@@ -101,6 +105,42 @@ def _report(options: argparse.Namespace) -> int:
     with RunLock(made.folder):
         report(made, progress=progress_for(options.quiet))
     _print_report(made)
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from exegete.cli.coder_text import coders_text
+    from exegete.coders import inspect_coders
+
+    infos = inspect_coders(options.coder, given(options).get("hookpoints", ()))
+    _say(json.dumps([dataclasses.asdict(info) for info in infos], indent=2) if options.json else coders_text(infos))
+    return 0
+
+
+def _compact(options: argparse.Namespace) -> int:
+    from exegete.errors import unknown
+    from exegete.runs import open_run
+    from exegete.store.compaction import compact
+
+    made = open_run(options.run)
+    for name in options.coders:
+        if name not in made.coders():
+            raise unknown("coder", name, made.coders())
+    progress = progress_for(options.quiet)
+    for name in options.coders or made.coders():
+        before = made.store(name).manifest
+        progress.start(f"compact {name}", before.width, "latents")
+        done = 0
+
+        def advance(latents: int, _: int) -> None:
+            nonlocal done
+            progress.advance(latents - done)
+            done = latents
+
+        after = compact(made.store_folder / name, progress=advance)
+        progress.end()
+        state = f"{len(before.shards)} → {len(after.shards)} files" if after != before else "nothing to do"
+        _say(f"{name}: {state if after.complete else 'not complete; left as it is'}")
     return 0
 
 

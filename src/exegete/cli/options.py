@@ -126,6 +126,22 @@ def build_parser() -> Parser:
     report = command("report", "Write a run's report and print its table.")
     report.add_argument("run", type=Path, metavar="RUN", help="run folder")
 
+    inspect = command("inspect", "Say what a coder is, or the coders of a repository, without loading weights.")
+    inspect.add_argument("coder", metavar="CODER", help="PATH[:SUB], a hub id ORG/NAME[:SUB], or saelens:RELEASE:ID")
+    _add_settings(inspect, only={"hookpoints"})
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    store = command("store", "Work on the firings of a collected run.")
+    verbs = store.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True, parser_class=Parser)
+    compact = verbs.add_parser(
+        "compact",
+        help="rewrite stores so that each latent is one piece of one file",
+        description="Rewrite complete stores so that each latent is one piece of one file; the firings do not change.",
+        parents=[common],
+    )
+    compact.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    compact.add_argument("coders", nargs="*", metavar="CODER", help="only the stores of these coders")
+
     status = command("status", "Say what of a run is done, failed and skipped.")
     status.add_argument("run", type=Path, metavar="RUN", help="run folder")
     status.add_argument("--json", action="store_true", help="print JSON")

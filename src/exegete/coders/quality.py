@@ -25,8 +25,9 @@ def fvu_and_l0(coder: SparseCoder, x: torch.Tensor, target: torch.Tensor | None 
         MismatchError: When the target has another shape than the reconstruction.
     """
     if target is None:
-        if coder.side == "input":
-            raise InputError(f"coder {coder.name!r} predicts the output of {coder.hookpoint!r}; give it as target")
+        if coder.target != coder.point:
+            where, side = coder.target
+            raise InputError(f"coder {coder.name!r} predicts the {side} of {where!r}; give it as target")
         target = x
     code = coder.encode(x)
     y = coder.decode(code, x).double()

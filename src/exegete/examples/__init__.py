@@ -9,7 +9,7 @@ from exegete.examples.render import (
     render_plain,
     transplant_marks,
 )
-from exegete.examples.split import split_documents, split_rows
+from exegete.examples.split import split_documents, split_segments
 
 __all__ = [
     "StoreData",
@@ -21,6 +21,6 @@ __all__ = [
     "select",
     "select_many",
     "split_documents",
-    "split_rows",
+    "split_segments",
     "transplant_marks",
 ]

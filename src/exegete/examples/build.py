@@ -33,10 +33,6 @@ class RowSource(CorpusLike, Protocol):
     def table(self) -> TokenTable:
         """The token-bytes table."""
 
-    @abstractmethod
-    def rows(self, rows: Array, /) -> Rows:
-        """Return the rows of these numbers."""
-
 
 class FiringSource(Protocol):
     """What selecting needs of a store."""
@@ -49,7 +45,11 @@ class FiringSource(Protocol):
     @property
     @abstractmethod
     def corpus(self) -> RowSource:
-        """The rows that the firings lie in."""
+        """The documents and segments of the rows that the firings lie in."""
+
+    @abstractmethod
+    def rows(self, numbers: Array, /) -> Rows:
+        """Return the rows of these numbers; the mask leaves out all positions at which this store has no firings."""
 
     @abstractmethod
     def firings(self, index: int, /) -> Firings:
@@ -62,23 +62,31 @@ class FiringSource(Protocol):
 
 @final
 class StoreData(SplitData):
-    """A store whose rows are split by document.
+    """A store whose text is split by document.
 
-    A document whose rows lie on both sides of a cut (``split_rows`` cuts only when there are few documents) counts
-    as one document per row from here on, numbered after all others: no two splits share a document. ``store`` and
-    ``row_split`` are what it was made from, ``folder`` where the store lies on disk, None when it does not.
+    A row that holds documents of several splits belongs to each of them, with the text of the others taken out of its
+    documents and its mask. A document that a cut divides (``split_segments`` cuts only when there are few documents)
+    counts as one document per segment from here on, numbered after all others: no two splits share a document.
+    ``store`` and ``segment_split`` are what it was made from, ``folder`` where the store lies on disk, None when it
+    does not.
     """
 
-    def __init__(self, store: FiringSource, row_split: Array) -> None:
-        """Take a store and what ``split_rows`` returned. Raises MismatchError when they do not fit."""
-        owners = np.asarray(store.corpus.row_documents)
-        if row_split.shape != owners.shape:
-            raise MismatchError(f"a split of shape {row_split.shape} does not fit a corpus of {len(owners)} rows")
+    def __init__(self, store: FiringSource, segment_split: Array) -> None:
+        """Take a store and what ``split_segments`` returned. Raises MismatchError when they do not fit."""
+        segments = np.asarray(store.corpus.segments)
+        if segment_split.shape != segments.shape[:1]:
+            raise MismatchError(
+                f"a split of shape {segment_split.shape} does not fit a corpus of {len(segments)} segments"
+            )
         self.store: Final = store
-        self.row_split: Final = row_split
+        self.segment_split: Final = segment_split
         self.folder: Final = store.folder.resolve() if isinstance(store, Store) else None
-        self._numbers = {split: np.flatnonzero(row_split == code) for split, code in CODES.items()}
-        self._places = {split: _inverse(numbers, len(row_split)) for split, numbers in self._numbers.items()}
+        n_rows = int(segments[-1, 0]) + 1 if len(segments) else 0
+        self._segments = segments
+        self._cut = _divided(segments[:, 3], segment_split)
+        self._numbers = {split: np.unique(segments[segment_split == code, 0]) for split, code in CODES.items()}
+        self._shared = {split: self._shares(split, n_rows) for split in CODES}
+        self._places = {split: _inverse(numbers, n_rows) for split, numbers in self._numbers.items()}
         self._rows: dict[Split, Rows] = {}
         self._frames: dict[tuple[Split, int, int], tuple[Frame, Array]] = {}
         self._held: tuple[tuple[int, ...], list[Firings]] = ((), [])
@@ -94,32 +102,37 @@ class StoreData(SplitData):
         return self.store.corpus.table
 
     def numbers(self, split: Split) -> Array:
-        """Return the number in the corpus of each row of a split, int64, ascending."""
+        """Return the number in the corpus of each row that holds text of a split, int64, ascending."""
         return self._numbers[split]
 
     def rows(self, split: Split) -> Rows:
-        """Return the rows of a split, in corpus order. Made once and kept (9 bytes per token)."""
+        """Return the rows that hold text of a split, in corpus order. Made once and kept (9 bytes per token).
+
+        Text of other splits keeps its tokens but has document −1 and does not count.
+        """
         if split not in self._rows:
             numbers = self._numbers[split]
-            rows = self.store.corpus.rows(numbers)
-            owners = np.asarray(self.store.corpus.row_documents)
-            others = [n for other, n in self._numbers.items() if other != split]
-            cut = np.isin(owners[numbers], owners[np.concatenate(others)])
-            if cut.any():
-                documents = rows.documents.copy()
-                own = (len(self.store.corpus.documents) + numbers)[cut, None]
-                documents[cut] = np.where(documents[cut] >= 0, own, -1)
-                rows = Rows(tokens=rows.tokens, documents=documents, mask=rows.mask)
+            rows = self.store.rows(numbers)
+            mine = self.segment_split == CODES[split]
+            named = np.isin(numbers, self._segments[mine & self._cut, 0]) | self._shared[split][numbers]
+            if named.any():
+                documents, mask = rows.documents.copy(), rows.mask.copy()
+                documents[named] = self._owners(split, numbers[named], rows.length)
+                mask[named] &= documents[named] >= 0
+                rows = Rows(tokens=rows.tokens, documents=documents, mask=mask)
             self._rows[split] = rows
         return self._rows[split]
 
     def firings(self, indices: Sequence[int], split: Split) -> list[Firings]:
-        """Return the firings of each latent at the split's rows; ``Firings.rows`` index into ``rows(split)``."""
+        """Return the firings of each latent in the split's text; ``Firings.rows`` index into ``rows(split)``."""
         places = self._places[split]
+        owners = self.rows(split).documents if self._shared[split].any() else None
         parts = []
         for whole in self._fetch(tuple(int(i) for i in indices)):
             rows = places[whole.rows]
-            here = rows >= 0
+            here = np.flatnonzero(rows >= 0)
+            if owners is not None:
+                here = here[owners[rows[here], np.asarray(whole.positions)[here]] >= 0]
             parts.append(
                 Firings(
                     latent=whole.latent,
@@ -137,6 +150,31 @@ class StoreData(SplitData):
             tiled = frame(self.rows(split), window, seed=seed, numbers=self._numbers[split])
             self._frames[key] = (tiled, tiled.lookup())
         return self._frames[key]
+
+    def _shares(self, split: Split, n_rows: int) -> Array:
+        """Return which rows hold text of other splits, or of none, beside that of a split, bool [n_rows]."""
+        mine = self.segment_split == CODES[split]
+        found = np.zeros((2, n_rows), dtype=bool)
+        for side, chosen in enumerate((mine, ~mine)):
+            found[side, self._segments[chosen, 0]] = True
+        shared: Array = found[0] & found[1]
+        return shared
+
+    def _owners(self, split: Split, numbers: Array, length: int) -> Array:
+        """Return the document of every position of some rows as a split sees it, int32 [rows, length]."""
+        which = np.flatnonzero(np.isin(self._segments[:, 0], numbers))
+        row, start, stop, document = self._segments[which].T
+        document = np.where(self._cut[which], len(self.store.corpus.documents) + which, document)
+        # Each segment adds its document where it starts and takes it back where it stops.
+        change = np.where(self.segment_split[which] == CODES[split], document + 1, 0).astype(np.int32)
+        place = np.searchsorted(numbers, row)
+        steps = np.zeros((len(numbers), length + 1), dtype=np.int32)
+        steps[place, start] += change
+        steps[place, stop] -= change
+        np.cumsum(steps, axis=1, out=steps)
+        owners: Array = steps[:, :length]
+        owners -= 1
+        return owners
 
     def _fetch(self, indices: tuple[int, ...]) -> list[Firings]:
         """Read whole latents, runs of neighbours at once; the last answer is kept, as every split asks for it."""
@@ -379,6 +417,15 @@ def _by_window(firings: Firings, tiled: Frame, lookup: Array) -> _Fired:
         peaks=peaks[fires],
         maxima=maxima[fires],
     )
+
+
+def _divided(owners: Array, split: Array) -> Array:
+    """Return which segments are of documents that lie in more than one split, bool [n_segments]."""
+    found = np.zeros((len(CODES), int(owners.max(initial=-1)) + 1), dtype=bool)
+    for code in CODES.values():
+        found[code, owners[split == code]] = True
+    divided: Array = (found.sum(axis=0) > 1)[owners]
+    return divided
 
 
 def _inverse(numbers: Array, n: int) -> Array:

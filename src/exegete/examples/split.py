@@ -16,10 +16,10 @@ MIN_DOCUMENTS: Final = 20
 """With fewer documents a hash would leave the split to chance; contiguous blocks of rows are cut instead."""
 
 CODES: Final[dict[Split, int]] = {split: code for code, split in enumerate(SPLITS)}
-"""How a row's split is written in an array: train 0, validation 1, test 2."""
+"""How a segment's split is written in an array: train 0, validation 1, test 2."""
 
 GAP: Final = -1
-"""Code of a row that belongs to no split."""
+"""Code of a segment that belongs to no split."""
 
 
 class DocumentLike(Protocol):
@@ -46,8 +46,11 @@ class CorpusLike(Protocol):
 
     @property
     @abstractmethod
-    def row_documents(self) -> Array:
-        """The document of every row, int [n_rows]."""
+    def segments(self) -> Array:
+        """Row, start, stop and document of every run of one document's tokens in a row, int64 [n_segments, 4].
+
+        Sorted by row and start; every row holds at least one.
+        """
 
 
 def split_documents(
@@ -56,7 +59,7 @@ def split_documents(
     """Return the split of each document; it depends on the seed and the document's own key alone.
 
     A document whose source fixed its split keeps it. With fewer than 20 documents the others get None: their rows are
-    cut into blocks by ``split_rows``. Raises InputError when ``test_share`` does not lie between 0 and 1.
+    cut into blocks by ``split_segments``. Raises InputError when ``test_share`` does not lie between 0 and 1.
     """
     if not 0.0 < test_share < 1.0:
         raise InputError(f"test_share lies between 0 and 1, got {test_share}")
@@ -69,27 +72,29 @@ def split_documents(
     ]
 
 
-def split_rows(corpus: CorpusLike, *, seed: int, test_share: float) -> Array:
-    """Return the split of every row, int8 [n_rows]: 0 train, 1 validation, 2 test, −1 none (the gap).
+def split_segments(corpus: CorpusLike, *, seed: int, test_share: float) -> Array:
+    """Return the split of every segment, int8 [n_segments]: 0 train, 1 validation, 2 test, −1 none (the gap).
 
-    All rows of a document share its split. Only with fewer than 20 documents are rows that no source fixed cut into
-    two contiguous blocks, one row left out between them; the seed says which end is the test block. Raises InputError
-    when train or test would be empty.
+    All segments of a document share its split, so a row that holds several documents may hold text of several splits.
+    Only with fewer than 20 documents are the rows of those that no source fixed cut into two contiguous blocks, one
+    row left out between them; the seed says which end is the test block. All such text of one row lies in one block.
+    Raises InputError when train or test would be empty.
     """
     documents = corpus.documents
     splits = split_documents([d.key for d in documents], [d.split for d in documents], seed=seed, test_share=test_share)
     codes = np.array([GAP if split is None else CODES[split] for split in splits], dtype=np.int8)
-    row_documents = np.asarray(corpus.row_documents)
-    rows = codes[row_documents] if len(documents) else np.full(len(row_documents), GAP, np.int8)
-    undecided = np.flatnonzero(rows == GAP)
-    rows[undecided] = _blocks(len(undecided), seed=seed, test_share=test_share)
+    rows, owners = np.asarray(corpus.segments[:, 0]), np.asarray(corpus.segments[:, 3])
+    segments: Array = codes[owners]
+    undecided = np.flatnonzero(segments == GAP)
+    cut, place = np.unique(rows[undecided], return_inverse=True)
+    segments[undecided] = _blocks(len(cut), seed=seed, test_share=test_share)[place]
     for split in ("train", "test"):
-        if not (rows == CODES[split]).any():
+        if not (segments == CODES[split]).any():
             raise InputError(
-                f"no row is left for the {split} split of {len(documents)} documents in {len(rows)} rows; "
+                f"no row is left for the {split} split of {len(documents)} documents in {len(np.unique(rows))} rows; "
                 f"give more text, another test_share than {test_share}, or another seed"
             )
-    return rows
+    return segments
 
 
 def _blocks(n: int, *, seed: int, test_share: float) -> Array:

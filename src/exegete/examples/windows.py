@@ -47,7 +47,7 @@ def stretches(rows: Rows) -> tuple[Array, Array, Array]:
     """Return row, first position and one past the last of every stretch that windows may be cut from.
 
     A stretch is a longest run of counted positions (``mask``) of one document in one row, so no window holds BOS,
-    another special token or padding, and none crosses a document.
+    another special token, padding or a position that a store leaves out, and none crosses a document.
     """
     counted = rows.mask & (rows.documents >= 0)
     joined = counted[:, 1:] & counted[:, :-1] & (rows.documents[:, 1:] == rows.documents[:, :-1])

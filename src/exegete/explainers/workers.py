@@ -92,7 +92,7 @@ class _Child:
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        where = {"store": str(data.folder), "split": data.row_split.tolist()}
+        where = {"store": str(data.folder), "split": data.segment_split.tolist()}
         self._tell(where)
 
     def search(self, indices: list[int]) -> list[Found]:

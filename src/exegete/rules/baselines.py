@@ -1,7 +1,7 @@
 """What a rule has to beat: the best token, the best twelve tokens, and graded tables that nobody can read.
 
-Everything is fitted on the train split and measured as average precision over all counted test positions. Positions
-before the row's start count as a token of their own in bigrams.
+Everything is fitted on the train split and measured as average precision over all counted test positions. What lies
+before a document's first token in a row counts as a token of its own in bigrams.
 """
 
 from __future__ import annotations

@@ -144,9 +144,9 @@ def _mass_deciles(values: Array, hit: Array) -> tuple[float, ...]:
 
 
 def context_of(data: SplitData, split: Split) -> TokenContext:
-    """Return the rows of a split prepared for rules."""
+    """Return the rows of a split prepared for rules, each document in a row by itself."""
     rows: Rows = data.rows(split)
-    return TokenContext(rows.tokens, data.tokens, rows.mask)
+    return TokenContext(rows.tokens, data.tokens, rows.mask, rows.documents)
 
 
 def evaluate_many(

@@ -40,13 +40,19 @@ PLACE_ORDER: tuple[Place, ...] = (*range(MAX_OFFSET + 1), "line", "break", "open
 class TokenContext:
     """Rows of tokens prepared for rules. Positions are flat indices, row · length + column.
 
-    ``tokens`` [n, length]; ``mask`` [n, length] bool, the positions that count (all when None). Raises InputError on
-    token ids outside the table.
+    ``tokens`` [n, length]; ``mask`` [n, length] bool, the positions that count (all when None); ``documents``
+    [n, length] int, the document of every position, below 0 for none (one a row when None). A *text* is what a row
+    holds of one document: rules are about documents, so every text is read as if it were a row of its own, whatever
+    the subject could see of the texts before it. Raises InputError on token ids outside the table.
     """
 
-    def __init__(self, tokens: Array, table: TokenTable, mask: Array | None = None) -> None:
-        if tokens.ndim != 2 or (mask is not None and mask.shape != tokens.shape):
-            raise InputError(f"rules run on token rows [n, length] with a mask of that shape, got {tokens.shape}")
+    def __init__(
+        self, tokens: Array, table: TokenTable, mask: Array | None = None, documents: Array | None = None
+    ) -> None:
+        if tokens.ndim != 2 or any(a is not None and a.shape != tokens.shape for a in (mask, documents)):
+            raise InputError(
+                f"rules run on token rows [n, length] with mask and documents of that shape, got {tokens.shape}"
+            )
         if tokens.size and int(tokens.max()) >= len(table):
             raise InputError(f"token id {int(tokens.max())} lies outside the token table of {len(table)} tokens")
         self.table = table
@@ -57,6 +63,7 @@ class TokenContext:
         kind = np.uint16 if self.none < 2**16 else np.int32
         self.flat: Array = np.ascontiguousarray(tokens).reshape(-1).astype(kind)
         self.mask: Array | None = None if mask is None else np.ascontiguousarray(mask, bool).reshape(-1)
+        self._begins = None if documents is None else _begins(documents)
         self._places: dict[Place, Array] = {0: self.flat}
         self._class_bits: dict[int, Array] = {}
 
@@ -84,15 +91,28 @@ class TokenContext:
         """Position in the row of every flat position [size] int32."""
         return np.tile(np.arange(self.length, dtype=np.int32), self.n)
 
+    @cached_property
+    def reach(self) -> Array:
+        """How many tokens of its text lie before every flat position [size] int32."""
+        if self._begins is None:
+            return self.columns
+        columns = self.columns.reshape(self.n, self.length)
+        begun = np.maximum.accumulate(np.where(self._begins, columns, 0), axis=1)
+        reach: Array = (columns - begun).reshape(-1)
+        return reach
+
     def shifted(self, values: Array, offset: int, fill: int) -> Array:
-        """Return ``values`` [size] as seen ``offset`` positions later, ``fill`` where that lies before the row."""
+        """Return ``values`` [size] as seen ``offset`` positions later, ``fill`` where that lies before the text."""
         if offset == 0:
             return values
         grid = values.reshape(self.n, self.length)
         moved = np.full_like(grid, fill)
         if offset < self.length:
             moved[:, offset:] = grid[:, : self.length - offset]
-        return moved.reshape(-1)
+        flat: Array = moved.reshape(-1)
+        if self._begins is not None:
+            flat[self.reach < offset] = fill
+        return flat
 
     def place(self, place: Place) -> Array:
         """Return the token at a place for every position [size]; ``none`` where there is none."""
@@ -107,21 +127,20 @@ class TokenContext:
             where = self._run[1] if place == "opener" else np.maximum(self._run[1] - 1, -1)
             inside = self._run[1] >= 0
             if place == "called":
-                inside &= self._run[1] % max(self.length, 1) > 0
+                inside &= self.reach[self._run[1]] > 0
         else:
-            columns = np.where(self.words.breaks[self.flat], self.columns, -1).reshape(self.n, self.length)
-            last = np.maximum.accumulate(columns, axis=1).astype(np.int64).reshape(-1)
-            broken = self.shifted(last, 1, -1)  # the last line break before the position
-            inside = broken >= 0 if place == "break" else np.ones(self.size, bool)
-            rows = np.arange(self.size, dtype=np.int64) - self.columns
-            where = rows + broken + (place == "line")
+            at = np.arange(self.size, dtype=np.int64)
+            last = np.maximum.accumulate(np.where(self.words.breaks[self.flat], at, -1))
+            broken = np.concatenate([[-1], last[:-1]])[: self.size]  # the last line break before the position
+            first = at - self.reach
+            inside = broken >= first if place == "break" else np.ones(self.size, bool)
+            where = np.maximum(broken, first - 1) + (place == "line")
         found = self.flat[np.where(inside, where, 0)] if self.size else self.flat
         return np.where(inside, found, np.array(self.none, self.flat.dtype))
 
     @cached_property
     def _run(self) -> tuple[Array, Array]:
-        automaton = states.automaton(self.table)
-        return automaton.run(self.flat.reshape(self.n, self.length))
+        return states.automaton(self.table).run(self.flat, np.flatnonzero(self.reach == 0))
 
     def state_bits(self, after: bool) -> Array:
         """Return the state bits before or after each position's token [size] uint32."""
@@ -130,7 +149,7 @@ class TokenContext:
     @cached_property
     def _states_after(self) -> Array:
         bits = self._run[0].copy()
-        open_now = states.unclosed(self.flat.reshape(self.n, self.length), self.table).reshape(-1)
+        open_now = states.unclosed(self.flat.reshape(self.n, self.length), self.table, self._begins).reshape(-1)
         bits |= open_now.astype(np.uint32) << np.uint32(states.STATE_BITS["unclosed"])
         return bits
 
@@ -139,7 +158,7 @@ class TokenContext:
         return self.shifted(self._states_after, 1, states.START_BITS)
 
     def class_bits(self, offset: int) -> Array:
-        """Return the class bits of the token ``offset`` back [size] uint32; none before the row's start."""
+        """Return the class bits of the token ``offset`` back [size] uint32; none before the text."""
         if offset not in self._class_bits:
             self._class_bits[offset] = self.shifted(self._classes, offset, 0) if offset else self._classes
         return self._class_bits[offset]
@@ -170,8 +189,20 @@ class TokenContext:
         return np.sort(np.concatenate(parts), kind="stable") if parts else np.zeros(0, np.int64)
 
     def later(self, positions: Array, offset: int) -> Array:
-        """Move positions ``offset`` on, leaving out those that leave their row."""
-        return positions[self.columns[positions] + offset < self.length] + offset
+        """Move sorted positions ``offset`` on, leaving out those that leave their text."""
+        if offset == 0:
+            return positions
+        moved = positions + offset
+        moved = moved[: np.searchsorted(moved, self.size)]
+        inside: Array = moved[self.reach[moved] >= offset]
+        return inside
+
+
+def _begins(documents: Array) -> Array | None:
+    """Return where in a row a document begins behind another [n, length] bool; None when no row holds two."""
+    begins = np.zeros(documents.shape, bool)
+    begins[:, 1:] = (documents[:, 1:] != documents[:, :-1]) & (documents[:, 1:] >= 0)
+    return begins if begins.any() else None
 
 
 def _lookup(context: TokenContext, tokens: Sequence[int]) -> Array:
@@ -209,11 +240,9 @@ def holds(condition: Condition, context: TokenContext, positions: Array | None =
 
 def _within(condition: TokenWithin, context: TokenContext) -> Array:
     found = np.zeros(context.size, bool)
-    grid = found.reshape(context.n, context.length)
-    rows, columns = np.divmod(context.positions_of(condition.tokens), max(context.length, 1))
+    positions = context.positions_of(condition.tokens)
     for offset in range(0 if condition.inclusive else 1, min(condition.window, context.length - 1) + 1):
-        inside = columns + offset < context.length
-        grid[rows[inside], columns[inside] + offset] = True
+        found[context.later(positions, offset)] = True
     return found
 
 
@@ -259,15 +288,22 @@ def matches(rule: Rule, context: TokenContext, *, value: Value = "precision") ->
 
 
 def execute(
-    rules: Sequence[Rule], tokens: Array, table: TokenTable, mask: Array | None = None, *, value: Value = "precision"
+    rules: Sequence[Rule],
+    tokens: Array,
+    table: TokenTable,
+    mask: Array | None = None,
+    *,
+    documents: Array | None = None,
+    value: Value = "precision",
 ) -> Array:
     """Run rules over rows [n, length]; return scores [rules, n, length] float32, 0 where no clause matches.
 
-    Every row is read on its own from its first column, so windows may be given as rows; positions that ``mask``
-    leaves out score 0 but are still read by later ones. For many rules over many rows use ``matches``, which never
+    Every row is read on its own from its first column, so windows may be given as rows, and where ``documents`` says
+    that a row holds several, each of them on its own; positions that ``mask`` leaves out score 0 but are still read by
+    later ones. For many rules over many rows use ``matches``, which never
     builds the dense array.
     """
-    context = TokenContext(tokens, table, mask)
+    context = TokenContext(tokens, table, mask, documents)
     dense = np.zeros((len(rules), context.size), np.float32)
     for i, rule in enumerate(rules):
         positions, scores = matches(rule, context, value=value)

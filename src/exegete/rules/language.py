@@ -2,8 +2,9 @@
 
 A rule is a disjunction of at most three clauses, a clause a conjunction of at most three conditions, and a condition
 names at most twelve tokens or one class, so that a rule stays readable. Every condition is causal: at a position it
-looks at that token and at earlier tokens of the same row only. A condition about a place that does not exist (before
-the row's start, or outside any bracket) does not hold; its negation does.
+looks at that token and at earlier tokens of the same document in the same row only. Rules are about documents: that
+holds too where the subject could attend across the documents of a row. A condition about a place that does not exist
+(before the document's first token in the row, or outside any bracket) does not hold; its negation does.
 """
 
 from __future__ import annotations
@@ -210,7 +211,10 @@ class StateIs(Condition):
 @final
 @dataclass(frozen=True, slots=True)
 class PositionIn(Condition):
-    """The position in the row (0 is the row's first token) lies in ``low`` ≤ position < ``high`` (None: no end)."""
+    """The position in the row (0 is the row's first token) lies in ``low`` ≤ position < ``high`` (None: no end).
+
+    It is the one condition about the row: where a row holds several documents, positions go on through all of them.
+    """
 
     low: int
     high: int | None

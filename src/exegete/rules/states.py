@@ -1,13 +1,15 @@
 """Nesting and line state of token rows: inside a string, a comment, brackets; at the start of a line.
 
-A small byte machine that knows Python's strings, comments and brackets. A row starts in plain code; special tokens put
-it back there. A string in single quotes ends at an unescaped line break, so that the machine finds its way back after
-an apostrophe. Brackets count in code only; a closing bracket closes the nearest open one of its kind. Whole tokens are
-steps of a memoised automaton, so a token costs one dictionary look-up whatever its length.
+A small byte machine that knows Python's strings, comments and brackets. A text (what a row holds of one document)
+starts in plain code; special tokens put it back there. A string in single quotes ends at an unescaped line break, so
+that the machine finds its way back after an apostrophe. Brackets count in code only; a closing bracket closes the
+nearest open one of its kind. Whole tokens are steps of a memoised automaton, so a token costs one dictionary look-up
+whatever its length.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import NamedTuple, final
 
@@ -138,32 +140,31 @@ class Automaton:
         self._next[state * self._size + token] = known
         return known
 
-    def run(self, tokens: Array) -> tuple[Array, Array]:
-        """Read rows [n, length]; return state bits after each token and openers, flat [n · length].
+    def run(self, tokens: Array, starts: Array) -> tuple[Array, Array]:
+        """Read texts, laid end to end [size], that begin at ``starts``; return state bits after each token and openers.
 
-        The opener of a position is the flat index of the token that opened the innermost bracket still open before
-        it, −1 outside brackets.
+        The opener of a position is the index of the token that opened the innermost bracket still open before it, −1
+        outside brackets.
         """
-        n, length = tokens.shape
-        after = np.empty(n * length, np.int32)
-        openers = np.full(n * length, -1, np.int64)
+        after = np.empty(len(tokens), np.int32)
+        openers = np.full(len(tokens), -1, np.int64)
         following, size, learn = self._next, self._size, self._learn
-        for row in range(n):
-            state, stack, begun, base = 0, list[int](), 0, row * length
+        for start, stop in itertools.pairwise([*starts.tolist(), len(tokens)]):
+            state, stack, begun = 0, list[int](), start
             codes = []
-            for column, token in enumerate(tokens[row].tolist()):
+            for place, token in enumerate(tokens[start:stop].tolist(), start):
                 found = following.get(state * size + token)
                 state, kept = found if found is not None else learn(state, token)
                 codes.append(state)
                 if kept >= 0:
                     if stack:
-                        openers[base + begun : base + column + 1] = stack[-1]
-                    begun = column + 1
+                        openers[begun : place + 1] = stack[-1]
+                    begun = place + 1
                     del stack[kept:]
-                    stack += [base + column] * (len(self._states[state].stack) - kept)
+                    stack += [place] * (len(self._states[state].stack) - kept)
             if stack:
-                openers[base + begun : base + length] = stack[-1]
-            after[base : base + length] = codes
+                openers[begun:stop] = stack[-1]
+            after[start:stop] = codes
         return np.array(self._bits, np.uint32)[after], openers
 
 
@@ -182,10 +183,11 @@ def automaton(table: TokenTable) -> Automaton:
     return made
 
 
-def unclosed(tokens: Array, table: TokenTable) -> Array:
+def unclosed(tokens: Array, table: TokenTable, begins: Array | None = None) -> Array:
     """Whether more brackets opened than closed, after each token [n, length] bool, strings and comments or not.
 
-    A closing bracket that closes nothing does not count against later ones.
+    A closing bracket that closes nothing does not count against later ones. Counting starts anew with every row, and
+    within a row where ``begins`` [n, length] is set.
     """
     net = np.zeros(len(table), np.int32)
     low = np.zeros(len(table), np.int32)
@@ -197,5 +199,11 @@ def unclosed(tokens: Array, table: TokenTable) -> Array:
                 least = min(least, depth)
         net[token], low[token] = depth, least
     total = np.cumsum(net[tokens], axis=1)
-    floor = np.minimum.accumulate(total - net[tokens] + low[tokens], axis=1)
-    return total > np.minimum(floor, 0)
+    lowest: Array = total - net[tokens] + low[tokens]
+    if begins is None:
+        floor: Array = np.minimum.accumulate(lowest, axis=1)
+        return np.asarray(total > floor)
+    # A step down at every beginning, deeper than any row can climb, makes the running minimum forget what was before.
+    deep = int(np.abs(net).max(initial=0)) * tokens.shape[1] + int(-low.min(initial=0)) + 1
+    down: Array = np.cumsum(begins, axis=1, dtype=np.int64) * deep
+    return np.asarray(total > np.minimum.accumulate(lowest - down, axis=1) + down)

@@ -102,6 +102,7 @@ class Universe:
         self.places = np.stack([context.place(p)[self.flat] for p in PLACE_ORDER]).astype(np.int64)
         self.codes = self.places + np.arange(len(PLACE_ORDER))[:, None] * shared.ids
         self.columns = context.columns[self.flat]
+        self.reach = context.reach[self.flat]
         self._flags: Array | None = None
 
     def _hard(self, fired: Array, kept: Array, generator: np.random.Generator) -> Array:
@@ -159,14 +160,17 @@ class Universe:
         return pack(table[self.places[PLACE_ORDER.index(place)]] & self.valid)
 
     def distance(self, tokens: Sequence[int], at: Array) -> Array:
-        """Return how far back from each index ``at`` the nearest of the tokens lies; 2 · MAX_WINDOW if nowhere."""
+        """Return how far back in its text the nearest of the tokens lies from each index ``at``.
+
+        2 · MAX_WINDOW where there is none.
+        """
         positions = self.shared.context.positions_of(tokens)
         flat = self.flat[at]
         if not len(positions):
             return np.full(len(flat), 2 * MAX_WINDOW, np.int64)
         before = np.searchsorted(positions, flat) - 1
         back = flat - positions[np.maximum(before, 0)]
-        return np.where((before >= 0) & (back <= self.columns[at]), back, 2 * MAX_WINDOW)
+        return np.where((before >= 0) & (back <= self.reach[at]), back, 2 * MAX_WINDOW)
 
     def bits(self, condition: Condition) -> Array:
         """Return the packed bits of a condition."""

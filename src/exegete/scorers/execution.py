@@ -1,7 +1,7 @@
-"""Execution: a rule run on every held-out token with the whole row in view, beside what needs no rule at all.
+"""Execution: a rule run on every held-out token, beside what needs no rule at all.
 
-Nothing is drawn and nobody judges, so the figures are exact over the test split. Free text has no program and gets no
-score here.
+The rule has all in view that the row holds of the token's document, up to the token. Nothing is drawn and nobody
+judges, so the figures are exact over the test split. Free text has no program and gets no score here.
 """
 
 from __future__ import annotations

@@ -11,23 +11,26 @@ from exegete.errors import CorruptError, InputError, MismatchError
 from exegete.files import hash_json, read_json, write_json
 
 _BLOCK = 1 << 20
-_verified: set[tuple[str, int, int, str]] = set()
+_verified: set[tuple[str, int, int, int, str]] = set()
 
 
-def verify_once(path: Path, sha256: str, *, start: int = 0) -> None:
-    """Check the bytes of a file from ``start`` on, unless this process did so and the file has not changed since.
+def verify_once(path: Path, sha256: str, *, start: int = 0, stop: int | None = None) -> None:
+    """Check the bytes of a file from ``start`` to ``stop`` (its end by default) against their SHA-256.
 
-    Raises CorruptError naming the file.
+    Nothing is read when this process did so before and the file has not changed since. Raises CorruptError naming
+    the file.
     """
     state = path.stat()
-    key = (str(path.resolve()), state.st_mtime_ns, state.st_size, sha256)
+    key = (str(path.resolve()), state.st_mtime_ns, state.st_size, start, sha256)
     if key in _verified:
         return
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         stream.seek(start)
-        while block := stream.read(_BLOCK):
+        left = (state.st_size if stop is None else stop) - start
+        while left > 0 and (block := stream.read(min(left, _BLOCK))):
             digest.update(block)
+            left -= len(block)
     if digest.hexdigest() != sha256:
         raise CorruptError(f"{path} is damaged: its checksum is wrong; make it again")
     _verified.add(key)
@@ -47,7 +50,9 @@ def read_manifest(path: Path, *, number: int) -> dict[str, Any]:
     if not isinstance(data, dict) or data.pop("checksum", None) != hash_json(data):
         raise CorruptError(f"{path} is damaged: its checksum is wrong; make it again")
     if data.get("format") != number:
-        raise InputError(f"{path} has format {data.get('format')}, this version reads {number}; update exegete")
+        newer = isinstance(data.get("format"), int) and data["format"] > number
+        advice = "update exegete" if newer else "make it again with this version"
+        raise InputError(f"{path} has format {data.get('format')}, this version reads {number}; {advice}")
     return data
 
 

@@ -13,7 +13,7 @@ from exegete.files import safe_name
 from exegete.store.checks import read_manifest, write_manifest
 from exegete.types import Side
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _IDENTITY = (
     "name",
@@ -29,6 +29,7 @@ _IDENTITY = (
     "batch_plan",
     "device",
     "dtype",
+    "compiled",
     "values",
 )
 
@@ -36,13 +37,19 @@ _IDENTITY = (
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardEntry:
-    """One shard in a manifest: its file, its rows, its counted positions and firings, its payload's SHA-256."""
+    """One shard in a manifest: its file, its rows and latents, their counted positions, its firings, its checksum.
+
+    ``tier`` is 0 for a shard as collected, and one more than its parts' for one that was merged.
+    """
 
     file: str
     row_start: int
     row_stop: int
+    latent_start: int
+    latent_stop: int
     n_positions: int
     n_firings: int
+    tier: int
     sha256: str
 
 
@@ -51,10 +58,13 @@ class ShardEntry:
 class StoreManifest:
     """What was collected, with what, and the shards so far.
 
-    ``corpus`` is the path of the corpus relative to the store; ``mask_policy`` the corpus's; ``batch_plan`` the rows
-    of a batch and their length; ``device`` and ``dtype`` those of the subject; ``threads`` the CPU threads used;
-    ``values`` the 16-bit encoding; ``quality`` holds ``fvu`` and ``l0`` on the first batch where they could be
-    measured; ``content_hash`` is empty until the store is ``complete``.
+    ``coder`` is the coder's architecture; ``corpus`` the path of the corpus relative to the store; ``mask_policy`` the
+    corpus's, with ``sink_norm``, the multiple of the median norm beyond which a position does not count (0: none), of
+    which ``norm_limit`` is the norm itself, measured on the first rows; ``batch_plan`` the rows of a batch and their
+    length; ``device`` and ``dtype`` those of the subject, ``compiled`` whether its layers were; ``threads`` the CPU
+    threads used; ``values`` the 16-bit encoding; ``quality`` holds ``fvu`` and ``l0`` on the first rows where they
+    could be measured, ``warnings`` what looks wrong there, ``skip_transposed`` whether a skip connection whose
+    file does not say which way it lies had to be turned; ``content_hash`` is empty until the store is ``complete``.
     """
 
     format: int = FORMAT
@@ -63,6 +73,7 @@ class StoreManifest:
     subject_hash: str
     tokenizer_hash: str
     coder_hash: str
+    coder: str
     corpus_hash: str
     corpus: str
     hookpoint: str
@@ -73,10 +84,14 @@ class StoreManifest:
     batch_plan: Mapping[str, int]
     device: str
     dtype: str
+    compiled: bool
     threads: int
     values: str
     versions: Mapping[str, str]
     quality: Mapping[str, float]
+    warnings: tuple[str, ...] = ()
+    norm_limit: float | None = None
+    skip_transposed: bool | None = None
     shards: tuple[ShardEntry, ...] = ()
     complete: bool = False
     content_hash: str = ""
@@ -87,24 +102,44 @@ class StoreManifest:
         return {name: getattr(self, name) for name in _IDENTITY}
 
     @property
+    def row_length(self) -> int:
+        """Positions in a row."""
+        return int(self.batch_plan["row_length"])
+
+    @property
+    def by_latent(self) -> bool:
+        """Whether every latent lies whole in one shard, as ``exegete store compact`` leaves it."""
+        return len(self.shards) == 1 or any(shard.latent_stop < self.width for shard in self.shards)
+
+    @property
     def row_stop(self) -> int:
-        """Rows collected so far."""
-        return self.shards[-1].row_stop if self.shards else 0
+        """One past the last row collected so far."""
+        return max((shard.row_stop for shard in self.shards), default=0)
 
     @property
     def n_positions(self) -> int:
         """Counted positions collected so far."""
-        return sum(shard.n_positions for shard in self.shards)
+        return sum(shard.n_positions for shard in self.shards if shard.latent_start == 0)
 
     @property
     def n_firings(self) -> int:
         """Firings collected so far."""
         return sum(shard.n_firings for shard in self.shards)
 
+    def missing(self, n_rows: int) -> list[tuple[int, int]]:
+        """Return the ranges of rows that no shard holds yet, of ``n_rows`` in all."""
+        gaps, stop = [], 0
+        for shard in self.shards:
+            if shard.latent_start == 0:
+                if shard.row_start > stop:
+                    gaps.append((stop, shard.row_start))
+                stop = shard.row_stop
+        return [*gaps, (stop, n_rows)] if stop < n_rows else gaps
+
     def to_json(self) -> dict[str, Any]:
         """Return plain data that ``from_json`` turns back into an equal manifest."""
         data = dataclasses.asdict(self)
-        data["shards"] = list(data["shards"])
+        data["shards"], data["warnings"] = list(data["shards"]), list(data["warnings"])
         return data
 
     @classmethod
@@ -112,16 +147,28 @@ class StoreManifest:
         """Read what ``to_json`` gave. Raises CorruptError when fields do not fit or rows have gaps."""
         try:
             shards = tuple(ShardEntry(**entry) for entry in data["shards"])
-            manifest = cls(**{**data, "shards": shards})
+            manifest = cls(**{**data, "shards": shards, "warnings": tuple(data["warnings"])})
         except (TypeError, KeyError) as error:
             raise CorruptError(f"the store manifest does not parse: {error}") from error
-        stop = 0
-        for entry in manifest.shards:
-            safe_name(entry.file)
-            if entry.row_start != stop or entry.row_stop <= stop:
-                raise CorruptError(f"the shards of store {manifest.name} do not join at row {stop}; collect again")
-            stop = entry.row_stop
+        manifest._check()
         return manifest
+
+    def _check(self) -> None:
+        """Raise CorruptError unless shards follow each other in rows, or share all rows and follow in latents."""
+        damaged = CorruptError(f"the shards of store {self.name} do not fit together; collect again")
+        row = latent = 0
+        for entry in self.shards:
+            safe_name(entry.file)
+            whole = entry.latent_start == 0 and entry.latent_stop == self.width
+            if entry.row_stop <= entry.row_start or entry.latent_stop <= entry.latent_start:
+                raise damaged
+            if whole and (latent or entry.row_start < row or (self.complete and entry.row_start != row)):
+                raise damaged
+            if not whole and (entry.latent_start != latent or entry.row_start or entry.row_stop != self.row_stop):
+                raise damaged
+            row, latent = entry.row_stop, 0 if whole else entry.latent_stop
+        if latent not in (0, self.width):
+            raise damaged
 
 
 def save_manifest(folder: Path, manifest: StoreManifest) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -15,80 +17,149 @@ from exegete.store.values import LOWEST_EXPONENT, MANTISSA_BITS, decode_values
 from exegete.types import Array, LatentId, LatentStats
 
 SUMMARY = "summary.npz"
+TOP_TOKENS = 10
+"""Tokens whose counts a summary keeps for each latent, the most frequent ones."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Four numbers of every latent, each [width].
+    """Statistics of a run of latents, each array [latents] or [latents, …].
 
-    ``counts`` int64 firings, ``maxima`` float32 (0 where silent), ``totals`` and ``sum_squares`` float64 of the values.
+    ``counts`` int64 firings, ``maxima`` float32 (0 where silent), ``totals`` and ``sum_squares`` float64 of the values;
+    ``histogram`` [latents, bins] int64, firings by the power of two of their value, from 2^``lowest`` up;
+    ``top_tokens`` and ``top_counts`` [latents, 10] int64, the tokens a latent fires on most often (equally frequent
+    ones in the order of their ids) and how often, −1 and 0 where there are fewer; ``distinct`` int64 different tokens;
+    ``token_entropy`` float64 bits; ``first`` and ``last`` int64 firings at the first and at the last counted position
+    of a document in its row.
     """
 
     counts: Array
     maxima: Array
     totals: Array
     sum_squares: Array
+    histogram: Array
+    lowest: int
+    top_tokens: Array
+    top_counts: Array
+    distinct: Array
+    token_entropy: Array
+    first: Array
+    last: Array
 
 
-def summarise(offsets: Array, codes: Array) -> Summary:
-    """Summarise latents from their values: ``codes`` [n] latent by latent, ``offsets`` [latents + 1] where each begins.
+_PLAIN = tuple(f.name for f in dataclasses.fields(Summary) if f.name not in ("histogram", "lowest"))
 
-    Sums run in row order in double precision, so that they do not depend on how the firings are cut into blocks.
+
+def summarise(offsets: Array, codes: Array, tokens: Array, ends: Array) -> Summary:
+    """Summarise latents from their firings, latent by latent and in row order.
+
+    ``offsets`` [latents + 1] where each latent begins; ``codes`` [n] stored values; ``tokens`` [n] the token at each
+    firing; ``ends`` [n] 1 where the firing lies at the first counted position of a document in its row, 2 at the last,
+    3 at both, else 0. Sums run in row order in double precision, so that they do not depend on how the firings are
+    cut into shards.
     """
     counts = np.diff(offsets).astype(np.int64)
-    owner = np.repeat(np.arange(len(counts)), counts)
+    n = len(counts)
+    owner = np.repeat(np.arange(n), counts)
     values = decode_values(codes).astype(np.float64)
-    maxima = np.zeros(len(counts), np.float32)
+    maxima = np.zeros(n, np.float32)
     firing = counts > 0
     if firing.any():
         maxima[firing] = decode_values(np.maximum.reduceat(codes, offsets[:-1][firing]))
+    lowest, n_bins = _span(codes)
+    bins = owner * n_bins + (codes >> MANTISSA_BITS) - lowest
     return Summary(
         counts=counts,
         maxima=maxima,
-        totals=np.bincount(owner, weights=values, minlength=len(counts)),
-        sum_squares=np.bincount(owner, weights=values * values, minlength=len(counts)),
+        totals=np.bincount(owner, weights=values, minlength=n),
+        sum_squares=np.bincount(owner, weights=values * values, minlength=n),
+        histogram=np.bincount(bins, minlength=n * n_bins).reshape(n, n_bins),
+        lowest=lowest + LOWEST_EXPONENT,
+        first=np.bincount(owner[(ends & 1) > 0], minlength=n),
+        last=np.bincount(owner[ends >= 2], minlength=n),
+        **_token_profile(owner, tokens, counts),
     )
 
 
-def latent_stats(latent: LatentId, codes: Array, tokens: Array, *, n_positions: int, n_top: int = 10) -> LatentStats:
-    """Return the statistics of one latent from its firings.
+def _span(codes: Array) -> tuple[int, int]:
+    """Return the smallest exponent field among codes and how many there are up to the largest."""
+    if not len(codes):
+        return 0, 0
+    lowest, highest = (int(code) >> MANTISSA_BITS for code in (codes.min(), codes.max()))
+    return lowest, highest - lowest + 1
 
-    ``codes`` [n] are the stored values, ``tokens`` [n] the token at each firing, ``n_positions`` the counted positions
-    of the store. The histogram has one bin per power of two from the smallest to the largest value, none for a silent
-    latent; equally frequent tokens come in the order of their ids.
+
+def _token_profile(owner: Array, tokens: Array, counts: Array) -> dict[str, Array]:
+    """Return the token fields of a summary: one sort of (latent, token), then one of (latent, how often)."""
+    n = len(counts)
+    top_tokens, top_counts = np.full((n, TOP_TOKENS), -1, np.int64), np.zeros((n, TOP_TOKENS), np.int64)
+    entropy = np.zeros(n)
+    if not len(owner):
+        none = np.zeros(n, np.int64)
+        return {"top_tokens": top_tokens, "top_counts": top_counts, "distinct": none, "token_entropy": entropy}
+    width = int(tokens.max()) + 1
+    keys = owner * width + tokens
+    keys.sort()
+    begins = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    often = np.diff(np.append(begins, len(keys)))
+    latent, token = np.divmod(keys[begins], width)
+    distinct = np.bincount(latent, minlength=n)
+    share = often / counts[latent]
+    entropy = np.abs(np.bincount(latent, weights=-share * np.log2(share), minlength=n))
+    order = np.lexsort((-often, latent))  # stable: of equally frequent tokens the smaller id comes first
+    latent, token, often = latent[order], token[order], often[order]
+    rank = np.arange(len(latent)) - (np.cumsum(distinct) - distinct)[latent]
+    kept = rank < TOP_TOKENS
+    top_tokens[latent[kept], rank[kept]], top_counts[latent[kept], rank[kept]] = token[kept], often[kept]
+    return {"top_tokens": top_tokens, "top_counts": top_counts, "distinct": distinct, "token_entropy": entropy}
+
+
+def joined(parts: Sequence[Summary]) -> Summary:
+    """Return the summaries of consecutive latents as one."""
+    fields = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _PLAIN}
+    used = [part for part in parts if part.histogram.shape[1]]
+    lowest = min((part.lowest for part in used), default=0)
+    beyond = max((part.lowest + part.histogram.shape[1] for part in used), default=0)
+    histogram = np.zeros((len(fields["counts"]), beyond - lowest), np.int64)
+    row = 0
+    for part in parts:
+        n, bins = part.histogram.shape
+        histogram[row : row + n, part.lowest - lowest : part.lowest - lowest + bins] = part.histogram if bins else 0
+        row += n
+    return Summary(**fields, histogram=histogram, lowest=lowest)
+
+
+def latent_stats(summary: Summary, row: int, latent: LatentId, *, n_positions: int, n_top: int = 10) -> LatentStats:
+    """Return the statistics of one latent, row ``row`` of a summary, over ``n_positions`` counted positions.
+
+    The histogram runs from the bin of the smallest value to that of the largest, none for a silent latent.
     """
-    values = decode_values(codes).astype(np.float64)
-    exponents = (codes >> MANTISSA_BITS).astype(np.int64)
-    lowest = int(exponents.min()) if len(codes) else 0
-    histogram = np.bincount(exponents - lowest) if len(codes) else np.zeros(0, np.int64)
-    distinct, frequency = np.unique(tokens, return_counts=True)
-    order = np.argsort(-frequency, kind="stable")[:n_top]
-    share = frequency / max(len(codes), 1)
+    count = int(summary.counts[row])
+    used = np.flatnonzero(summary.histogram[row])
+    lowest, beyond = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
+    top = zip(summary.top_tokens[row, :n_top].tolist(), summary.top_counts[row, :n_top].tolist(), strict=True)
     return LatentStats(
         latent=latent,
-        count=len(codes),
-        rate=len(codes) / n_positions if n_positions else 0.0,
-        maximum=float(values.max()) if len(codes) else 0.0,
-        mean=float(values.mean()) if len(codes) else 0.0,
-        sum_squares=float((values * values).sum()),
-        histogram=histogram,
-        edges=2.0 ** (np.arange(len(histogram) + 1) + lowest + LOWEST_EXPONENT),
-        top_tokens=tuple((int(distinct[i]), int(frequency[i])) for i in order),
-        token_entropy=abs(float(-(share * np.log2(share)).sum())),
+        count=count,
+        rate=count / n_positions if n_positions else 0.0,
+        maximum=float(summary.maxima[row]),
+        mean=float(summary.totals[row]) / count if count else 0.0,
+        sum_squares=float(summary.sum_squares[row]),
+        histogram=summary.histogram[row, lowest:beyond].astype(np.int64),
+        edges=2.0 ** (np.arange(beyond - lowest + 1) + lowest + summary.lowest),
+        top_tokens=tuple((token, often) for token, often in top if often),
+        token_entropy=float(summary.token_entropy[row]),
+        first_share=int(summary.first[row]) / count if count else 0.0,
+        last_share=int(summary.last[row]) / count if count else 0.0,
     )
 
 
 def save_summary(folder: Path, summary: Summary) -> None:
     """Write the summary of a store, atomically."""
     with atomic_file(folder / SUMMARY) as stream:
-        np.savez(
-            stream,
-            counts=summary.counts,
-            maxima=summary.maxima,
-            totals=summary.totals,
-            sum_squares=summary.sum_squares,
-        )
+        fields = {name: _narrow(getattr(summary, name)) for name in (*_PLAIN, "histogram")}
+        np.savez_compressed(stream, allow_pickle=False, **fields, lowest=np.int64(summary.lowest))
 
 
 def load_summary(folder: Path) -> Summary:
@@ -96,8 +167,20 @@ def load_summary(folder: Path) -> Summary:
     path = folder / SUMMARY
     try:
         with np.load(path, allow_pickle=False) as data:
-            return Summary(**{name: data[name] for name in ("counts", "maxima", "totals", "sum_squares")})
+            fields = {name: _wide(data[name]) for name in (*_PLAIN, "histogram")}
+            return Summary(**fields, lowest=int(data["lowest"]))
     except FileNotFoundError:
         raise NotFoundError(f"there is no {path}") from None
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise CorruptError(f"{path} is damaged: {error}; delete it and collect again") from error
+
+
+def _narrow(array: Array) -> Array:
+    """Return whole numbers in the smallest type that holds them; a summary of a wide coder is mostly small ones."""
+    if array.dtype.kind != "i" or not array.size:
+        return array
+    return array.astype(np.result_type(np.min_scalar_type(array.min()), np.min_scalar_type(array.max())))
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(np.int64) if array.dtype.kind in "iu" else array

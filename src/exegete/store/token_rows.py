@@ -1,8 +1,10 @@
 """The corpus of a run on disk: token rows that remember their document, memory-mapped.
 
 A folder of ``tokens.npy`` [n_rows, row_length] uint16 or uint32, ``segments.npy`` [n_segments, 4] int64 (row, start,
-stop, document; today one segment a row), ``documents.jsonl``, ``token_table.json``, ``tokenizer.json`` where the
-tokenizer has one, and ``manifest.json``, written last: a folder without it is not a corpus.
+stop, document), ``documents.jsonl``, ``token_table.json``, ``tokenizer.json`` where the tokenizer has one, and
+``manifest.json``, written last: a folder without it is not a corpus. ``mask.npy`` [n_rows, ceil(row_length / 8)] uint8,
+one bit a position, most significant first, is there where only some roles of a conversation count; ``sources.json``
+names the files that were read, where the text came from files.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
 
@@ -25,8 +27,12 @@ from exegete.store.checks import read_manifest, verify_once
 from exegete.tokens import TokenTable
 from exegete.types import Array, Rows, Split
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+ROLES = "mask.npy"
+SOURCES = "sources.json"
+
+Attend = Literal["row", "document"]
 
 
 @final
@@ -44,9 +50,12 @@ class Document:
 class CorpusManifest:
     """What a corpus was made of.
 
-    ``n_tokens`` counts tokens of text, without BOS and padding; ``n_counted`` the positions at which firings count;
-    ``key`` holds the settings that a second build must share; ``mask_policy`` says which positions do not count:
-    ``bos`` (column 0 of every row) and the ``special`` ids, besides padding; ``files`` are SHA-256 of the contents.
+    ``n_tokens`` counts tokens of text, without BOS, separators and padding; ``n_counted`` the positions at which
+    firings count; ``key`` holds the settings that a second build must share; ``attend`` says whether a position sees
+    the documents before its own in the row. ``mask_policy`` says which positions do not count, besides padding:
+    ``bos`` (``row``: column 0 of every row; ``document``: the first position of every document; ``none``), the
+    ``special`` ids, and with ``roles`` = ``assistant`` those whose bit in ``mask.npy`` is 0. ``files`` are SHA-256 of
+    the contents.
     """
 
     format: int
@@ -55,6 +64,7 @@ class CorpusManifest:
     n_tokens: int
     n_counted: int
     n_documents: int
+    attend: Attend
     key: Mapping[str, Any]
     mask_policy: Mapping[str, Any]
     files: Mapping[str, str]
@@ -77,11 +87,19 @@ class CorpusManifest:
 class Corpus:
     """A complete corpus, opened with ``open_corpus``; arrays are mapped, so nothing is read before it is used."""
 
-    def __init__(self, folder: Path, manifest: CorpusManifest, tokens: Array, segments: Array) -> None:
+    def __init__(
+        self, folder: Path, manifest: CorpusManifest, tokens: Array, segments: Array, roles: Array | None = None
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.tokens = tokens
-        self._segments = segments
+        self.segments = segments
+        """The runs of one document's tokens in one row [n_segments, 4] int64: row, start, stop, document.
+
+        Sorted by row and start. The BOS put before a run belongs to it, and so does a separator after it; padding
+        belongs to none. Every row has at least one segment, and a document's segments follow one another.
+        """
+        self._roles = roles
 
     def __len__(self) -> int:
         return self.n_rows
@@ -98,13 +116,18 @@ class Corpus:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of text, without BOS and padding."""
+        """Tokens of text, without BOS, separators and padding."""
         return self.manifest.n_tokens
 
     @property
     def n_counted(self) -> int:
         """Positions at which firings count."""
         return self.manifest.n_counted
+
+    @property
+    def attend(self) -> Attend:
+        """What a position sees: everything before it in its ``row``, or only what belongs to its ``document``."""
+        return self.manifest.attend
 
     @property
     def config(self) -> CorpusConfig:
@@ -133,27 +156,36 @@ class Corpus:
             return tuple(Document(**json.loads(line)) for line in stream)
 
     @cached_property
-    def row_documents(self) -> Array:
-        """The document of each row [n_rows], int32."""
-        result: Array = self._segments[:, 3].astype(np.int32)
-        return result
-
-    @cached_property
-    def row_lengths(self) -> Array:
-        """Positions of each row before its padding [n_rows], int32, BOS included."""
-        result: Array = self._segments[:, 2].astype(np.int32)
-        return result
+    def _first_segments(self) -> Array:
+        """The first segment of every row, and the number of segments [n_rows + 1], int64."""
+        rows = np.ascontiguousarray(self.segments[:, 0])
+        found: Array = np.searchsorted(rows, np.arange(self.n_rows + 1))
+        return found
 
     def rows(self, index: slice | Sequence[int] | Array) -> Rows:
-        """Return rows by a slice or by their indices, copied from disk."""
-        chosen = index if isinstance(index, slice) else np.asarray(index, dtype=np.int64)
-        tokens = np.ascontiguousarray(self.tokens[chosen], dtype=np.uint32)
-        columns = np.arange(self.row_length)
-        real = columns < self.row_lengths[chosen][:, None]
-        documents = np.where(real, self.row_documents[chosen][:, None], np.int32(-1))
-        mask = real & np.isin(tokens, np.array(self.manifest.mask_policy["special"], np.int64), invert=True)
-        if self.manifest.mask_policy["bos"]:
+        """Return rows by a slice or by their indices, in that order, copied from disk."""
+        if isinstance(index, slice):
+            numbers = np.arange(*index.indices(self.n_rows))
+            tokens = np.ascontiguousarray(self.tokens[index], dtype=np.uint32)
+        else:
+            numbers = np.asarray(index, dtype=np.int64)
+            tokens = np.ascontiguousarray(self.tokens[numbers], dtype=np.uint32)
+            numbers = np.where(numbers < 0, numbers + self.n_rows, numbers)
+        place, which = _ranges(self._first_segments[numbers], self._first_segments[numbers + 1])
+        segments = np.asarray(self.segments[which])
+        begin = place * self.row_length + segments[:, 1]
+        owner, positions = _ranges(begin, begin + segments[:, 2] - segments[:, 1])
+        documents = np.full(tokens.shape, -1, np.int32)
+        documents.reshape(-1)[positions] = segments[owner, 3]
+        policy = self.manifest.mask_policy
+        mask = (documents >= 0) & np.isin(tokens, np.array(policy["special"], np.int64), invert=True)
+        if policy["bos"] == "row":
             mask[:, 0] = False
+        elif policy["bos"] == "document":
+            opens = (which == 0) | (np.asarray(self.segments[which - 1, 3]) != segments[:, 3])
+            mask.reshape(-1)[begin[opens]] = False
+        if self._roles is not None:
+            mask &= np.unpackbits(self._roles[numbers], axis=1, count=self.row_length).view(bool)
         return Rows(tokens=tokens, documents=documents, mask=mask)
 
     def verify(self) -> None:
@@ -174,8 +206,17 @@ def open_corpus(folder: str | os.PathLike[str]) -> Corpus:
     if not (base / MANIFEST).is_file():
         raise NotFoundError(f"there is no corpus in {base}; make one with build_corpus or exegete collect")
     manifest = CorpusManifest.from_json(read_manifest(base / MANIFEST, number=FORMAT))
-    corpus = Corpus(base, manifest, read_array(base / "tokens.npy"), read_array(base / "segments.npy"))
+    roles = read_array(base / ROLES) if ROLES in manifest.files else None
+    corpus = Corpus(base, manifest, read_array(base / "tokens.npy"), read_array(base / "segments.npy"), roles)
     if corpus.tokens.shape != (manifest.n_rows, manifest.row_length):
         raise CorruptError(f"{base / 'tokens.npy'} has shape {corpus.tokens.shape}; build the corpus again")
     corpus.verify()
     return corpus
+
+
+def _ranges(starts: Array, stops: Array) -> tuple[Array, Array]:
+    """Return the numbers of all ranges [starts, stops) one after another, and before them the range each is from."""
+    sizes = stops - starts
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    shift = starts - (np.cumsum(sizes) - sizes)
+    return owner, np.arange(len(owner)) + shift[owner]

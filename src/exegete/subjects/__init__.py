@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from exegete.subjects.load import load_subject
     from exegete.subjects.names import Point, expand
     from exegete.subjects.randomise import randomised
-    from exegete.subjects.subject import Subject, load_subject
+    from exegete.subjects.subject import Subject
 
 __all__ = ["Point", "Subject", "expand", "load_subject", "randomised"]
 
@@ -19,7 +20,7 @@ _HOMES = {
     "Point": "names",
     "Subject": "subject",
     "expand": "names",
-    "load_subject": "subject",
+    "load_subject": "load",
     "randomised": "randomise",
 }
 

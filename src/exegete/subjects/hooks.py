@@ -78,6 +78,7 @@ def capture(
     tokens: torch.Tensor,
     attention_mask: torch.Tensor | None,
     points: Sequence[Point],
+    position_ids: torch.Tensor | None = None,
 ) -> dict[Point, torch.Tensor]:
     """Run the base model until every point is caught; later modules and the LM head are never computed.
 
@@ -87,6 +88,7 @@ def capture(
         tokens: [rows, positions] ids on the model's device.
         attention_mask: [rows, positions], 0 at padding, or None where there is none.
         points: Canonical hookpoint names, each with a side.
+        position_ids: [rows, positions], where a token stands in its text; None counts from the row's start.
 
     Returns:
         Activations [rows, positions, d] by point. A module that runs several times is caught the first time; a module
@@ -106,7 +108,7 @@ def capture(
             else:
                 handles.append(modules[name].register_forward_hook(catcher.after(point)))
         if handles:
-            _run(base, tokens, attention_mask)
+            _run(base, tokens, attention_mask, position_ids)
     except _Captured:
         pass
     finally:
@@ -119,8 +121,17 @@ def capture(
     return {point: catcher.caught[point] for point in points}
 
 
-def _run(base: torch.nn.Module, tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    options: dict[str, Any] = {"use_cache": False, "attention_mask": attention_mask}
+def _run(
+    base: torch.nn.Module,
+    tokens: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+) -> None:
+    options: dict[str, Any] = {
+        "use_cache": False,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+    }
     known = inspect.signature(base.forward).parameters
     with torch.no_grad():
         base(input_ids=tokens, **{k: v for k, v in options.items() if k in known and v is not None})

@@ -20,7 +20,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 
-from exegete.errors import NotFoundError, unknown
+from exegete.errors import InputError, NotFoundError, unknown
 from exegete.types import Side
 
 Point = tuple[str, Side]
@@ -31,9 +31,11 @@ _STACK = re.compile(r"^((?:[A-Za-z_]\w*\.)*?(?:layers|h|blocks))\.(\d+)(?:\.|$)"
 _OTHER_SENSES = re.compile(r"(?:^|[._])(?:vision|visual|audio|speech|encoder|vae)")
 _LENS = re.compile(r"^blocks\.([^.]+)\.(hook_\w+|(?:mlp|attn|ln2)\.hook_\w+)$")
 _SOURCE = re.compile(r"^(?:[\w.-]+/)?(\d+)-([\w.-]+)$")
-_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block", "shared_transformer.feed_forward", "shared_mlp")
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention", "mixer", "linear_attn", "temporal_block")
-_MLP_OUT = ("down_proj", "c_proj", "dense_4h_to_h", "value", "w2")
+_MLP_OUT = ("down_proj", "c_proj", "dense_4h_to_h", "value", "w2", "proj_down", "fc2", "fc_out", "output_linear")
+_SHARED = ("shared_expert", "shared_experts")
+_BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "ffn_norm", "pre_ff_layernorm")
 _HEADS_OUT = ("o_proj", "c_proj", "dense", "out_proj", "output")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "embeddings", "word_embeddings")
 LENS_HOOKS = (
@@ -43,7 +45,7 @@ LENS_HOOKS = (
     "hook_attn_out",
     "mlp.hook_in",
     "mlp.hook_post",
-    "ln2.hook_normalized",
+    "hook_resid_mid",
     "attn.hook_z",
 )
 """TransformerLens hooks that have a Hugging Face counterpart, after ``blocks.L.``."""
@@ -76,6 +78,11 @@ def expand(pattern: str, known: Sequence[str], *, side: Side = "output", prefix:
     translated = _lens(pattern, known) or _source(pattern, known)
     if translated:
         return translated
+    if pattern.endswith("ln2.hook_normalized"):
+        raise NotFoundError(
+            f"no module has the activations of TransformerLens's {pattern!r}, the normed residual stream without the "
+            f"norm's gain; the MLP reads it with the gain: mlp.hook_in"
+        )
     if re.search(r"(?:^|\.)hook_\w+$", pattern):
         allowed = ["hook_embed", *(f"blocks.L.{hook}" for hook in LENS_HOOKS)]
         raise NotFoundError(
@@ -109,6 +116,56 @@ def _stack(known: Iterable[str]) -> str | None:
     """Return the name of the list of layers of the language model, ``layers`` or ``h`` or ``language_model.layers``."""
     stacks = dict.fromkeys(match[1] for match in map(_STACK.match, known) if match)
     return next((s for s in stacks if not _OTHER_SENSES.search(s)), next(iter(stacks), None))
+
+
+def layers(known: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the language model's layers in order, ``layers.0`` first; empty when it has no such list."""
+    stack = _stack(known)
+    return tuple(f"{stack}.{layer}" for layer in _layers(known, stack)) if stack else ()
+
+
+def neurons(name: str, known: Sequence[str]) -> str:
+    """Return the down projection of an MLP, whose input is the MLP's neurons after the nonlinearity (and the gate).
+
+    ``name`` is canonical: a layer, its MLP (or the norm of the MLP's output, which is what ``hook_mlp_out`` names in
+    some models), or the down projection itself. The expert that a mixture always runs counts when it is named.
+
+    Raises InputError when there is none, or a mixture of experts, whose neurons differ from token to token.
+    """
+    names = set(known)
+    match = _STACK.match(name)
+    layer = f"{match[1]}.{match[2]}" if match else ""
+    whole = name in (layer, f"{layer}.post_feedforward_layernorm")
+    found = [mlp for mlp in _mlps(layer, names) if whole or mlp == name or name in _outs(mlp, names)]
+    if found and not (whole and _mixtures(layer, names)):
+        return _outs(found[0], names)[0]
+    mixtures = _mixtures(layer, names) if whole else _mixtures(name, names)
+    if mixtures:
+        raise InputError(
+            f"{mixtures[0]!r} is a mixture of experts, whose neurons differ from token to token; "
+            f"name a layer with a dense MLP, or read the output of {mixtures[0]!r}"
+        )
+    if any(_mlps(each, names) for each in layers(known)):
+        raise InputError(f"{name!r} holds no MLP; name a layer that has one, such an MLP, or its down projection")
+    raise InputError(f"{name!r} holds no MLP, nor does any layer of this model; name a hookpoint and its side instead")
+
+
+def _mlps(layer: str, names: set[str]) -> list[str]:
+    """Return the MLPs of one layer that have one set of neurons, those that are not its main one last."""
+    inner = [f"{layer}.{mlp}" for mlp in _MLP]
+    inner += [f"{layer}.mixer"] if f"{layer}.mixer.up_proj" in names else []  # the MLP layers of Nemotron-H
+    inner += [layer] if f"{layer}.fc1" in names else []  # OPT's lies in the layer itself
+    inner += [f"{layer}.{mlp}.{shared}" for mlp in _MLP for shared in _SHARED]
+    return [mlp for mlp in inner if _outs(mlp, names)]
+
+
+def _outs(mlp: str, names: set[str]) -> list[str]:
+    return [f"{mlp}.{out}" for out in _MLP_OUT if f"{mlp}.{out}" in names]
+
+
+def _mixtures(at: str, names: set[str]) -> list[str]:
+    """Return the mixtures of experts at or directly in a module."""
+    return [m for m in (at, *(f"{at}.{mlp}" for mlp in _MLP)) if f"{m}.experts" in names]
 
 
 def _layers(known: Iterable[str], stack: str) -> list[int]:
@@ -170,9 +227,14 @@ def _hook(stack: str, layer: int, hook: str, known: set[str]) -> Point | None:
         candidates = [f"{here}.{m}" for m in (("post_feedforward_layernorm",) if normed else _MLP)]
     elif hook == "hook_attn_out":
         candidates = [f"{here}.{m}" for m in (("post_attention_layernorm",) if normed else _ATTENTION)]
-    elif hook in ("mlp.hook_in", "ln2.hook_normalized"):
+    elif hook == "hook_resid_mid":
+        candidates, side = (
+            [f"{here}.{m}" for m in _BEFORE_MLP if not (normed and m == "post_attention_layernorm")],
+            "input",
+        )
+    elif hook == "mlp.hook_in":
         candidates, side = [f"{here}.{m}" for m in _MLP], "input"
-    elif hook == "mlp.hook_post":
+    elif hook == "mlp.hook_post" and not _mixtures(here, known):
         candidates, side = [f"{here}.{m}.{out}" for m in _MLP for out in _MLP_OUT], "input"
     elif hook == "attn.hook_z":
         candidates, side = [f"{here}.{m}.{out}" for m in _ATTENTION for out in _HEADS_OUT], "input"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from exegete.errors import InputError
 from exegete.files import hash_json
 from exegete.streams import stream
 
@@ -20,7 +21,13 @@ def randomised(subject: Subject, seed: int) -> Subject:
     Every parameter of two or more dimensions is drawn again from a Gaussian and scaled to the Frobenius norm it had;
     vectors (norm scales, biases) are permuted, which keeps their norms exactly. Tied weights stay tied. The draw of a
     tensor depends on the seed and its name alone, so it is the same on every device.
+
+    Raises InputError for a subject with weights that a device map left on disk.
     """
+    if any(parameter.is_meta for parameter in subject.model.parameters()):
+        raise InputError(
+            f"some weights of {subject.name} are left on disk; load it without a device map to redraw them"
+        )
     model = copy.deepcopy(subject.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # names a tied tensor once

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import re
-import sys
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
 import torch
 
-from exegete.errors import CorruptError, InputError, MismatchError, NotFoundError
-from exegete.files import hash_json, read_json
+from exegete.errors import InputError, MismatchError
 from exegete.subjects import hooks
+from exegete.subjects.compiling import CompiledLayers
 from exegete.subjects.identity import folder_hash, state_hash
-from exegete.subjects.names import Point, expand
+from exegete.subjects.names import Point, expand, layers, neurons
+from exegete.subjects.packing import is_packed, runs, within_documents
 from exegete.subjects.pieces import token_table
+from exegete.subjects.probe import carries_state, keeps_apart
 from exegete.tokens import TokenTable
 from exegete.types import Side
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 
 @final
@@ -35,16 +29,27 @@ class Subject:
     """A model looked into. Made by ``load_subject``; in evaluation mode, without gradients."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, name: str, folder: Path | None = None, content: str | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        folder: Path | None = None,
+        content: str | None = None,
+        backend: str | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        self.device: torch.device = next(model.parameters()).device
+        self.device: torch.device = _entrance(model)
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self._folder = folder
         self._content = content
         self._sizes: dict[Point, int] = {}
+        self._backend = backend
+        if backend is not None and self.recurrent:  # a scan over tokens would be compiled step by step
+            raise InputError(f"{name} carries a state from token to token, which does not compile; leave out compile")
+        self._compiled = None if backend is None else CompiledLayers(self._layers, backend)
 
     @cached_property
     def hash(self) -> str:
@@ -67,9 +72,35 @@ class Subject:
     def _table(self) -> TokenTable:
         return token_table(self.tokenizer)
 
+    @cached_property
+    def recurrent(self) -> bool:
+        """Whether any layer carries a state from token to token, rather than reading earlier ones' keys and values.
+
+        Decided by what a pass over one token puts in the model's cache: only a model whose cache is known to hold
+        nothing but keys and values is not recurrent.
+        """
+        return carries_state(self.model.base_model, self.device)
+
+    @cached_property
+    def _layers(self) -> dict[str, torch.nn.Module]:
+        return {name: self._modules[name] for name in layers(self.hookpoints()) if name in self._modules}
+
     def token_table(self) -> TokenTable:
         """Return the bytes of every token id."""
         return self._table
+
+    def to(self, device: str | torch.device) -> Subject:
+        """Move the model to a device and return the subject there; a model spread over devices stays where it is."""
+        if getattr(self.model, "hf_device_map", None):
+            return self
+        return Subject(
+            self.model.to(device),
+            self.tokenizer,
+            name=self.name,
+            folder=self._folder,
+            content=self._content,
+            backend=self._backend,
+        )
 
     def hookpoints(self) -> tuple[str, ...]:
         """Return the canonical names of all hookpoints, in the model's own order."""
@@ -93,6 +124,25 @@ class Subject:
             raise InputError(f"{pattern!r} is the input of {points[0][0]!r}; name that module, with side 'input'")
         return tuple(dict.fromkeys(name for name, _ in points))
 
+    def neurons(self, pattern: str) -> tuple[Point, ...]:
+        """Return where the neurons of MLPs are read: the inputs of their down projections, in natural layer order.
+
+        ``pattern`` is a name or glob in any spelling for layers, MLPs or down projections (``layers.3``,
+        ``layers.*.mlp``, ``blocks.3.mlp.hook_post``). Of what a glob names, layers without neurons are left out.
+        Raises NotFoundError for unknown names, InputError where no MLP is or where it is a mixture of experts.
+        """
+        points = self.points(pattern)
+        found: dict[Point, None] = {}
+        refused: InputError | None = None
+        for name, _ in points:
+            try:
+                found[neurons(name, self.hookpoints()), "input"] = None
+            except InputError as error:
+                refused = refused or error
+        if refused is not None and not found:
+            raise refused
+        return tuple(found)
+
     def d(self, hookpoint: str, side: Side = "output") -> int:
         """Return the size of the activations at one side of a hookpoint, from a pass over one token."""
         point = self._single(hookpoint, side)
@@ -106,29 +156,68 @@ class Subject:
         return self._sizes[point]
 
     def capture(
-        self, tokens: torch.Tensor, attention_mask: torch.Tensor | None, points: Sequence[Point]
+        self,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        points: Sequence[Point],
+        documents: torch.Tensor | None = None,
     ) -> dict[Point, torch.Tensor]:
         """Return the activations [rows, positions, d] at several hookpoints from one forward pass.
 
-        The pass ends at the deepest point; the LM head is never computed. ``tokens`` [rows, positions] ids;
-        ``attention_mask`` [rows, positions] is 0 at padding, None stands for all ones. The keys are the points as
-        given. Raises InputError for ids outside the vocabulary and for points without activations, NotFoundError for
-        unknown ones.
+        The pass ends at the deepest point; the LM head is never computed.
+
+        Args:
+            tokens: [rows, positions] ids.
+            attention_mask: [rows, positions], 0 at padding; None stands for all ones.
+            points: Hookpoints in any spelling with their sides, the keys of what is returned.
+            documents: [rows, positions], which document a token is of, −1 at padding. Given, each token attends within
+                its document only, and positions count from the document's start. None: over the whole row.
+
+        Raises:
+            InputError: For ids outside the vocabulary and for points without activations.
+            NotFoundError: For unknown points.
+            MismatchError: When rows hold several documents and the model cannot keep them apart.
         """
         if tokens.ndim != 2:
             raise InputError(f"tokens are [rows, positions], got shape {tuple(tokens.shape)}")
-        if attention_mask is not None and attention_mask.shape != tokens.shape:
-            raise InputError(f"tokens {tuple(tokens.shape)} and mask {tuple(attention_mask.shape)} differ in shape")
+        for what, other in (("mask", attention_mask), ("documents", documents)):
+            if other is not None and other.shape != tokens.shape:
+                raise InputError(f"tokens {tuple(tokens.shape)} and {what} {tuple(other.shape)} differ in shape")
         self._check_ids(tokens)
         wanted = {point: self._single(*point) for point in points}
-        mask = None if attention_mask is None else attention_mask.to(self.device, torch.long)
-        ids = tokens.to(self.device, torch.long)
-        caught = hooks.capture(self.model.base_model, self._modules, ids, mask, tuple(dict.fromkeys(wanted.values())))
+        if documents is not None and attention_mask is not None:
+            documents = documents.masked_fill(attention_mask.to(documents.device) == 0, -1)
+        if documents is not None and is_packed(documents):
+            self._check_packing()
+            caught = self._pass(tokens, None, tuple(wanted.values()), documents)
+        else:
+            mask = attention_mask if documents is None else documents >= 0
+            caught = self._pass(tokens, mask, tuple(wanted.values()), None)
         return {point: caught[canonical] for point, canonical in wanted.items()}
+
+    def _pass(
+        self,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        points: Sequence[Point],
+        documents: torch.Tensor | None,
+    ) -> dict[Point, torch.Tensor]:
+        """Capture canonical points; with documents, each position attends within its document."""
+        ids = tokens.to(self.device, torch.long)
+        mask = None if attention_mask is None else attention_mask.to(self.device, torch.long)
+        places = None
+        with contextlib.ExitStack() as held:
+            if self._compiled is not None:
+                held.enter_context(self._compiled.installed(name for name, _ in points))
+            if documents is not None:
+                run, places = runs(documents.to(self.device))
+                held.enter_context(within_documents(tuple(self._layers.values()), run, self._attention))
+            base = self.model.base_model
+            return hooks.capture(base, self._modules, ids, mask, tuple(dict.fromkeys(points)), places)
 
     def with_model(self, model: Any, *, name: str, content: str) -> Subject:
         """Return a subject with another model of the same architecture and this one's tokenizer."""
-        return Subject(model, self.tokenizer, name=name, content=content)
+        return Subject(model, self.tokenizer, name=name, content=content, backend=self._backend)
 
     def _single(self, hookpoint: str, side: Side) -> Point:
         if hookpoint in self._modules:
@@ -137,6 +226,28 @@ class Subject:
         if len(found) != 1:
             raise InputError(f"{hookpoint!r} stands for {len(found)} hookpoints; name one of them")
         return found[0]
+
+    @property
+    def _attention(self) -> str:
+        return str(self.model.config.get_text_config()._attn_implementation)
+
+    def _check_packing(self) -> None:
+        """Refuse a model in which documents that share a row would see each other."""
+        advice = "set corpus.attend: row to read the whole row as one text, or packing: false for one document per row"
+        if self.recurrent:
+            raise MismatchError(
+                f"{self.name} carries a state from token to token, so documents in one row would mix; {advice}"
+            )
+        if not self._keeps_apart:
+            raise MismatchError(f"documents in one row cannot be kept apart in {self.name}; {advice}")
+
+    @cached_property
+    def _keeps_apart(self) -> bool:
+        text = self.model.config.get_text_config()
+        if not self._layers or getattr(text, "attention_chunk_size", None):  # chunks begin at fixed places of the row
+            return False
+        size = int(self.model.get_input_embeddings().weight.shape[0])
+        return keeps_apart(self._pass, (list(self._layers)[-1], "output"), size)
 
     def _check_ids(self, tokens: torch.Tensor) -> None:
         size = int(self.model.get_input_embeddings().weight.shape[0])
@@ -148,118 +259,10 @@ class Subject:
             )
 
 
-def load_subject(
-    spec: str, *, device: str = "auto", dtype: str | torch.dtype = "auto", remote_code: bool = False
-) -> Subject:
-    """Load a causal language model and its tokenizer from a hub id or a local folder.
-
-    Args:
-        spec: ``ORG/NAME`` on the Hugging Face hub, or a folder. What looks like a path is never looked up on the hub.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto``.
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (bfloat16 on cuda, else float32).
-        remote_code: Run Python code that the model's repository brings.
-
-    Raises:
-        NotFoundError: When there is no such folder or model, or the hub cannot be reached.
-        InputError: When it is no model folder, asks for remote code, or the device or dtype cannot be had.
-        CorruptError: When weights are damaged or missing.
-    """
-    path = Path(spec).expanduser()
-    folder = path if path.exists() else None
-    if folder is not None:
-        _check_folder(folder, spec, remote_code)
-    elif looks_like_path(spec):
-        raise NotFoundError(f"there is no folder {spec!r}; give a model folder, or a Hugging Face id such as ORG/NAME")
-    where = _device(device)
-    kind = _dtype(dtype, where)
-    model, tokenizer = _from_pretrained(spec if folder is None else str(folder), kind, remote_code, folder is not None)
-    commit = getattr(model.config, "_commit_hash", None) if folder is None else None
-    content = hash_json({"hub": spec, "commit": commit}) if commit else None
-    return Subject(model.to(where), tokenizer, name=spec, folder=folder, content=content)
-
-
-def looks_like_path(spec: str) -> bool:
-    """Tell whether a name that does not exist here can only be meant as a path, not as ORG/NAME on the hub."""
-    first = Path(spec).parts[0] if spec else ""
-    return not _HUB_ID.fullmatch(spec) or ("/" in spec and Path(first).is_dir())
-
-
-def _check_folder(folder: Path, spec: str, remote_code: bool) -> None:
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{spec!r} is not a model folder: it has no config.json; give the folder that holds it")
-    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
-        settings = read_json(folder / name) if (folder / name).is_file() else {}
-        if not isinstance(settings, dict):
-            raise CorruptError(f"{folder / name} does not hold settings")
-        if "auto_map" in settings and not remote_code:
-            raise InputError(
-                f"{spec!r} asks to run its own Python code (auto_map in {name}); read that code, then allow it with "
-                f"remote_code=True (--remote-code), or remove auto_map to use the built-in classes"
-            )
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _mps() else "cpu")
-    try:
-        where = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"unknown device {device!r}; allowed: auto, cpu, cuda, cuda:N, mps") from None
-    if (where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count()) or (
-        where.type == "mps" and not _mps()
-    ):
-        raise InputError(f"this machine has no device {device!r}; use cpu or auto")
-    return where
-
-
-def _mps() -> bool:
-    return torch.backends.mps.is_available()
-
-
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
-def _from_pretrained(where: str, dtype: torch.dtype, remote_code: bool, local: bool) -> tuple[Any, Any]:
-    import safetensors
-    import transformers
-
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        bars.disable_progress_bar()
-    options: dict[str, Any] = {"trust_remote_code": remote_code, "local_files_only": local}
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, output_loading_info=True, **options
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-    except safetensors.SafetensorError as error:
-        raise CorruptError(f"the weights of {where!r} are damaged: {_line(error)}") from error
-    except (OSError, ConnectionError) as error:
-        raise NotFoundError(
-            f"the model {where!r} cannot be loaded: {_line(error)}"
-            + ("" if local else "; give a local model folder, or check the id and the connection")
-        ) from error
-    except (ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, json.JSONDecodeError) as error:
-        raise InputError(f"the model {where!r} cannot be loaded: {_line(error)}") from error
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise CorruptError(f"{where!r} lacks {len(names)} weights of its architecture, such as {names[0]}")
-    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
-        raise InputError(f"{where!r} has no tokenizer; save one there with tokenizer.save_pretrained")
-    return model, tokenizer
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + "…"
+def _entrance(model: Any) -> torch.device:
+    """Return the device that token ids go to."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    if device.type != "meta":
+        return device
+    # Weights that are fetched when needed have no device; accelerate moves what comes in.
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))

@@ -1,0 +1,80 @@
+"""Pre-activations → the few latents that fire. Exact, and never through a second dense array.
+
+Every function takes dense pre-activations [n, width] and returns a ``Part``. The obvious forms they are tested against
+are one line each: ``pre.topk(k)``, and ``(pre > threshold).nonzero()``. Ties at the k-th place are broken as the
+library does, differently on different devices; the values are the same either way.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+_BLOCK = 32
+_WIDE = 8192
+
+
+class Part(NamedTuple):
+    """Sparse activations of n inputs: rectangular [n, k] with ``counts`` None, else flat with ``counts`` [n]."""
+
+    indices: torch.Tensor
+    values: torch.Tensor
+    counts: torch.Tensor | None = None
+
+
+def largest(pre: torch.Tensor, k: int) -> Part:
+    """Return the k largest of every row, strongest first.
+
+    Wide rows are cut into blocks: the k blocks with the largest maxima hold the k largest values, so that only those
+    blocks are sorted.
+    """
+    n, width = pre.shape
+    blocks, rest = divmod(width, _BLOCK)
+    if pre.device.type != "cpu" or width < _WIDE or rest or k * 8 > blocks:
+        found = pre.topk(k, dim=-1)
+        return Part(found.indices, found.values)
+    grid = pre.view(n, blocks, _BLOCK)
+    best = grid.amax(dim=-1).topk(k, dim=-1, sorted=False).indices
+    inside = grid.gather(1, best.unsqueeze(-1).expand(-1, -1, _BLOCK)).flatten(1).topk(k, dim=-1)
+    block = best.gather(1, inside.indices // _BLOCK)
+    return Part(block * _BLOCK + inside.indices % _BLOCK, inside.values)
+
+
+def largest_of_groups(pre: torch.Tensor, k: int) -> Part:
+    """Return the largest of each of k equal groups of neighbouring latents, in group order."""
+    size = pre.shape[1] // k
+    best = pre.view(-1, k, size).max(dim=-1)
+    starts = torch.arange(0, pre.shape[1], size, device=pre.device)
+    return Part(best.indices + starts, best.values)
+
+
+def where(keep: torch.Tensor, values: torch.Tensor) -> Part:
+    """Return the values [n, width] at the true places of ``keep`` [n, width], row by row."""
+    n, width = keep.shape
+    if keep.device.type == "cpu":
+        flat = torch.from_numpy(np.flatnonzero(keep.contiguous().numpy().reshape(-1)))
+        row = flat.div(width, rounding_mode="floor")
+        return Part(flat - row * width, values.reshape(-1)[flat], torch.bincount(row, minlength=n))
+    row, column = keep.nonzero(as_tuple=True)
+    return Part(column, values[row, column], torch.bincount(row, minlength=n))
+
+
+def above(pre: torch.Tensor, threshold: torch.Tensor | float) -> Part:
+    """Return every pre-activation that is positive and above its latent's threshold ([width] or one number), or NaN."""
+    bound = threshold.clamp_min(0) if isinstance(threshold, torch.Tensor) else max(threshold, 0.0)
+    return where(exceeds(pre, bound), pre)
+
+
+def exceeds(values: torch.Tensor, bound: torch.Tensor | float) -> torch.Tensor:
+    """Return where values are above their bound; NaN, which only an overflow makes, counts, so that it is noticed."""
+    return (values <= bound).logical_not_()
+
+
+def joined(parts: list[Part]) -> Part:
+    """Return the parts of consecutive inputs as one."""
+    if len(parts) == 1:
+        return parts[0]
+    counts = None if parts[0].counts is None else torch.cat([p.counts for p in parts if p.counts is not None])
+    return Part(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]), counts)

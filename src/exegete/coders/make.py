@@ -1,0 +1,83 @@
+"""The coders of a run: loaded from files, or made (``neurons``, ``pca:…`` …), and fitted to their subject."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from exegete.coders.builtin import BuiltinSpec, build_builtin, parse_builtin
+from exegete.coders.coder import SparseCoder
+from exegete.coders.fit import fit_coder
+from exegete.coders.load import load_planned, planned
+from exegete.errors import InputError
+from exegete.files import safe_name
+from exegete.types import Rows
+
+if TYPE_CHECKING:
+    from exegete.subjects.subject import Subject
+
+Sample = Callable[[int], Rows]
+"""Returns rows of the run's text that hold at least so many counted positions, or all there are."""
+
+
+def make_coders(
+    specs: Sequence[str],
+    hookpoints: Sequence[str],
+    subject: Subject,
+    sample: Sample,
+    *,
+    seed: int = 0,
+    other_model: bool = False,
+    by_document: bool = False,
+) -> dict[str, SparseCoder]:
+    """Return the coders of several specs by name, reading at the subject's own hookpoints.
+
+    Args:
+        specs: ``[NAME=]PATH[:SUB]``, a hub id, ``saelens:RELEASE:ID``, or ``[NAME=]KIND[:OPTIONS]`` as ``builtin``
+            has them.
+        hookpoints: Which coders of a repository, and where those that are made are read; any spelling, globs allowed.
+        subject: The model whose activations they read.
+        sample: For coders that are fitted to activations (PCA).
+        seed: Of random coders.
+        other_model: Allow coders whose files name another base model.
+        by_document: Whether a packed document sees itself alone.
+
+    Raises:
+        InputError: When a spec is not understood, nothing is where it says, or two coders would have one name;
+            MismatchError when a coder does not fit the subject; CorruptError when files are damaged.
+    """
+    made: dict[str, SparseCoder] = {}
+    files: list[str] = []
+    builtins: list[tuple[str | None, BuiltinSpec]] = []
+    for text in specs:
+        name, builtin = _builtin(text)
+        if builtin is None:
+            files.append(text)
+        else:
+            builtins.append((name, builtin))
+    plan = planned(files, hookpoints) if files else []
+    for parsed, found, name, hookpoint in plan:
+        _put(made, name, load_planned(found, name, hookpoint), parsed.where)
+    for given, builtin in builtins:
+        built = build_builtin(
+            builtin, subject, hookpoints, partial(sample, builtin.tokens), seed, by_document=by_document
+        )
+        for own, coder in built.items():
+            name = own if given is None else given if len(built) == 1 else safe_name(f"{given}-{coder.hookpoint}")
+            _put(made, name, coder.placed(name=name), builtin.kind)
+    return {name: fit_coder(coder, subject, other_model=other_model) for name, coder in made.items()}
+
+
+def _put(made: dict[str, SparseCoder], name: str, coder: SparseCoder, where: str) -> None:
+    if name in made:
+        raise InputError(f"two coders are called {name!r} (the second is {where!r}); name one of them with NAME=SPEC")
+    made[name] = coder
+
+
+def _builtin(text: str) -> tuple[str | None, BuiltinSpec | None]:
+    """Return the name and the spec of a coder that is made; None for one that is loaded."""
+    before, equals, after = text.partition("=")
+    named = bool(equals) and not any(c in before for c in "/:")
+    spec = parse_builtin(after) if named else parse_builtin(text)
+    return (safe_name(before) if named and spec is not None else None), spec
