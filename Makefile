@@ -35,6 +35,7 @@ train: setup
 
 bench: setup
 	$(BIN)/python benchmarks/rules.py
+	$(BIN)/python -m benchmarks.same_numbers
 
 # The peer that collecting is measured beside, in an environment of its own; without it the benchmark prints the rest.
 PEER := .bench/delphi

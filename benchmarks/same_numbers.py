@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, final
 from unittest import mock
@@ -220,19 +221,37 @@ def compact_until(folder: Path, point: str, times: int) -> None:
 # (b) Across batch plans
 
 
+def reopened(folder: Path) -> Setting:
+    """Return the setting that ``prepare`` made, in another process."""
+    subject = load_subject(str(assets() / "model"), device="cpu", dtype="float32")
+    return Setting(subject=subject, coders=all_coders(folder), corpus=open_corpus(folder / "corpus"), folder=folder)
+
+
+def collect_plans(folder: Path) -> None:
+    """Collect with the reference's plan and all others."""
+    setting = reopened(folder)
+    for tokens in (REFERENCE, *BATCHES):
+        setting.collect(str(tokens), tokens)
+
+
 def collect_elsewhere(folder: Path) -> None:
     """Collect with the reference's plan, in a process that was started with the environment ``OLDER``."""
-    subject = load_subject(str(assets() / "model"), device="cpu", dtype="float32")
-    corpus = open_corpus(folder / "corpus")
-    collect_firings(subject, all_coders(folder), corpus, folder / ELSEWHERE, config(REFERENCE))
+    reopened(folder).collect(ELSEWHERE, REFERENCE)
 
 
-def start_elsewhere(folder: Path) -> Any:
-    """Start that process; all else runs beside it on one thread."""
-    process = multiprocessing.get_context("spawn").Process(target=collect_elsewhere, args=(folder,))
-    with mock.patch.dict(os.environ, OLDER):
+def started(target: Callable[[Path], None], folder: Path, environment: Mapping[str, str]) -> SpawnProcess:
+    """Start a process of its own, which runs beside this one."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=(folder,))
+    with mock.patch.dict(os.environ, environment):
         process.start()
     return process
+
+
+def finished(process: SpawnProcess) -> None:
+    """Wait for a process. Raises RuntimeError when it failed."""
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"a collecting process ended with status {process.exitcode}")
 
 
 @final
@@ -380,13 +399,15 @@ def compare(coder: str, plan: str, reference: Fired, other: Fired, edge: Edges, 
     )
 
 
-def across_plans(setting: Setting, elsewhere: Any) -> tuple[list[Row], dict[str, Edges]]:
-    """Compare every other batch size, two threads, and another processor, with the reference."""
-    stores = setting.collect("reference", REFERENCE)
+def across_plans(setting: Setting) -> tuple[list[Row], dict[str, Edges]]:
+    """Compare every other batch size, two threads, and another processor, with the reference.
+
+    All but two threads are collected already; then collecting returns what there is.
+    """
+    stores = setting.collect(str(REFERENCE), REFERENCE)
     others: dict[str, Stores] = {f"{tokens:,} tokens": setting.collect(str(tokens), tokens) for tokens in BATCHES}
     others["2 threads"] = setting.collect("threads", REFERENCE, threads=2)
-    elsewhere.join()
-    others[ELSEWHERE] = setting.collect(ELSEWHERE, REFERENCE)  # it is complete
+    others[ELSEWHERE] = setting.collect(ELSEWHERE, REFERENCE)
     reference = {name: fired(store) for name, store in stores.items()}
     found = {plan: {name: fired(store) for name, store in made.items()} for plan, made in others.items()}
     keys = {
@@ -467,9 +488,11 @@ def main() -> int:
     machine, begun = describe(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         setting = prepare(Path(folder), arguments.tokens)
-        elsewhere = start_elsewhere(setting.folder)
+        beside = [started(collect_plans, setting.folder, {}), started(collect_elsewhere, setting.folder, OLDER)]
         found = same_plan(setting.trained)
-        rows, measured = across_plans(setting, elsewhere)
+        for process in beside:
+            finished(process)
+        rows, measured = across_plans(setting)
     bounds = verdicts(found, rows)
     lines = [
         machine,

@@ -63,7 +63,7 @@ def coders(toy_folder: Path) -> dict[str, SparseCoder]:
         activation=JumpReLU(torch.full((own.width,), 1.0)),
         subtract_decoder_bias=own.subtract_decoder_bias,
     )
-    return {**loaded, "jump": jump}
+    return {"layers.0.mlp": loaded["layers.0.mlp"], "jump": jump}
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +95,14 @@ def in_order(order: random.Random) -> Callable[..., None]:
     return run
 
 
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shard_bytes=st.sampled_from([1 << 10, 1 << 13, 1 << 15, 1 << 26]),
     shard_rows=st.none() | st.integers(1, 40),
     order=st.randoms(use_true_random=False),
     fan_in=st.sampled_from([2, 3, 16]),
     most=st.integers(1, 16),
-    stops=st.lists(st.integers(1, 25), max_size=3),
+    stops=st.lists(st.integers(1, 60), min_size=1, max_size=2),
     compacted=st.booleans(),
 )
 def test_one_plan_gives_one_content(
@@ -287,9 +287,9 @@ class Rounded:
 
 
 @pytest.fixture(scope="module")
-def paired(coders: dict[str, SparseCoder]) -> LinearCoder:
+def paired(toy_folder: Path) -> LinearCoder:
     """A coder whose latents come in pairs that all but agree, of which an odd number fires."""
-    own = coders["layers.0"]
+    own = load_coders(str(toy_folder / "coders"))["layers.0"]
     assert isinstance(own, LinearCoder)
     return LinearCoder(
         name="paired",

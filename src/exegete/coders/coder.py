@@ -80,14 +80,13 @@ class SparseCoder(ABC):
         """Return this coder under another name, or reading and reconstructing at other points."""
 
     def _require_input(self, x: torch.Tensor) -> None:
-        import torch
+        from exegete.coders.kernels import finite
 
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise MismatchError(
                 f"coder {self.name!r} at {self.hookpoint!r} reads [n, {self.d_in}], got {list(x.shape)}"
             )
-        # One pass: a sum is finite only when every term is, save for an overflow, which the second look clears up.
-        if not bool(torch.isfinite(x.sum(dtype=torch.float32))) and not bool(torch.isfinite(x).all()):
+        if not finite(x):
             raise InputError(
                 f"the {self.side} of {self.hookpoint!r} holds NaN or infinity; load the subject in float32"
             )

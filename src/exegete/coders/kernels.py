@@ -72,6 +72,14 @@ def exceeds(values: torch.Tensor, bound: torch.Tensor | float) -> torch.Tensor:
     return (values <= bound).logical_not_()
 
 
+def finite(values: torch.Tensor) -> bool:
+    """Tell whether no value is NaN or infinite, in one quick pass.
+
+    A sum is finite only when every term is; where it overflows, a second look decides.
+    """
+    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
+
+
 def joined(parts: list[Part]) -> Part:
     """Return the parts of consecutive inputs as one."""
     if len(parts) == 1:

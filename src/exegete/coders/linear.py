@@ -162,7 +162,7 @@ class LinearCoder(SparseCoder):
         x = x.to(self.device, self.dtype)
         parts = [self._encode(part) for part in torch.split(x, max(1, _CHUNK_ELEMENTS // self.width))]
         found = kernels.joined(parts)
-        if not bool(torch.isfinite(found.values).all()):
+        if not kernels.finite(found.values):
             raise InputError(f"coder {self.name!r} at {self.hookpoint!r} overflows {self.dtype}; load it in float32")
         offsets = None
         if found.counts is not None:

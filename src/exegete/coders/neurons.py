@@ -138,7 +138,7 @@ class NeuronCoder(SparseCoder):
         self._require_input(x)
         x = x.to(self.device, self.dtype)
         found = kernels.joined([self._encode(part) for part in torch.split(x, max(1, _CHUNK_ELEMENTS // self.d_in))])
-        if not bool(torch.isfinite(found.values).all()):
+        if not kernels.finite(found.values):
             raise InputError(f"coder {self.name!r} at {self.hookpoint!r} overflows {self.dtype}; use float32")
         offsets = None
         if found.counts is not None:

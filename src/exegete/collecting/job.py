@@ -173,8 +173,10 @@ def flat_firings(code: SparseCode, n: int) -> tuple[Array, Array, Array]:
     """
     import torch
 
+    from exegete.coders.kernels import finite
+
     indices, values = torch.as_tensor(code.indices), torch.as_tensor(code.values)
-    if not bool(values.isfinite().all()):
+    if not finite(values):
         raise InputError("the coder's values hold NaN or infinity")
     keep = values > 0
     whole = bool(keep.all())

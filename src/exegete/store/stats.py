@@ -19,6 +19,7 @@ from exegete.types import Array, LatentId, LatentStats
 SUMMARY = "summary.npz"
 TOP_TOKENS = 10
 """Tokens whose counts a summary keeps for each latent, the most frequent ones."""
+_SPARSEST = 4  # cells per firing up to which a table of counts beats sorting
 
 
 @final
@@ -63,23 +64,28 @@ def summarise(offsets: Array, codes: Array, tokens: Array, ends: Array) -> Summa
     n = len(counts)
     owner = np.repeat(np.arange(n), counts)
     values = decode_values(codes).astype(np.float64)
-    maxima = np.zeros(n, np.float32)
-    firing = counts > 0
-    if firing.any():
-        maxima[firing] = decode_values(np.maximum.reduceat(codes, offsets[:-1][firing]))
     lowest, n_bins = _span(codes)
     bins = owner * n_bins + (codes >> MANTISSA_BITS) - lowest
     return Summary(
         counts=counts,
-        maxima=maxima,
-        totals=np.bincount(owner, weights=values, minlength=n),
-        sum_squares=np.bincount(owner, weights=values * values, minlength=n),
+        maxima=np.where(counts > 0, decode_values(_reduced(np.maximum, codes, offsets)), np.float32(0)),
+        totals=_reduced(np.add, values, offsets),
+        sum_squares=_reduced(np.add, values * values, offsets),
         histogram=np.bincount(bins, minlength=n * n_bins).reshape(n, n_bins),
         lowest=lowest + LOWEST_EXPONENT,
-        first=np.bincount(owner[(ends & 1) > 0], minlength=n),
-        last=np.bincount(owner[ends >= 2], minlength=n),
+        first=_reduced(np.add, (ends & 1).astype(np.int64), offsets),
+        last=_reduced(np.add, (ends >> 1).astype(np.int64), offsets),
         **_token_profile(owner, tokens, counts),
     )
+
+
+def _reduced(function: np.ufunc, values: Array, offsets: Array) -> Array:
+    """Reduce the values of each latent, 0 where it has none; in an order that depends on its own values alone."""
+    found: Array = np.zeros(len(offsets) - 1, values.dtype)
+    firing = offsets[1:] > offsets[:-1]
+    if firing.any():
+        found[firing] = function.reduceat(values, offsets[:-1][firing])
+    return found
 
 
 def _span(codes: Array) -> tuple[int, int]:
@@ -91,28 +97,46 @@ def _span(codes: Array) -> tuple[int, int]:
 
 
 def _token_profile(owner: Array, tokens: Array, counts: Array) -> dict[str, Array]:
-    """Return the token fields of a summary: one sort of (latent, token), then one of (latent, how often)."""
+    """Return the token fields of a summary."""
     n = len(counts)
     top_tokens, top_counts = np.full((n, TOP_TOKENS), -1, np.int64), np.zeros((n, TOP_TOKENS), np.int64)
-    entropy = np.zeros(n)
-    if not len(owner):
-        none = np.zeros(n, np.int64)
-        return {"top_tokens": top_tokens, "top_counts": top_counts, "distinct": none, "token_entropy": entropy}
-    width = int(tokens.max()) + 1
-    keys = owner * width + tokens
-    keys.sort()
-    begins = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-    often = np.diff(np.append(begins, len(keys)))
-    latent, token = np.divmod(keys[begins], width)
+    latent, token, often = _token_counts(owner, tokens, n)
     distinct = np.bincount(latent, minlength=n)
     share = often / counts[latent]
     entropy = np.abs(np.bincount(latent, weights=-share * np.log2(share), minlength=n))
-    order = np.lexsort((-often, latent))  # stable: of equally frequent tokens the smaller id comes first
+    order = _most_first(latent, token, often)
     latent, token, often = latent[order], token[order], often[order]
     rank = np.arange(len(latent)) - (np.cumsum(distinct) - distinct)[latent]
     kept = rank < TOP_TOKENS
     top_tokens[latent[kept], rank[kept]], top_counts[latent[kept], rank[kept]] = token[kept], often[kept]
     return {"top_tokens": top_tokens, "top_counts": top_counts, "distinct": distinct, "token_entropy": entropy}
+
+
+def _token_counts(owner: Array, tokens: Array, n: int) -> tuple[Array, Array, Array]:
+    """Return every (latent, token) that occurs, in order, and how often: counted in a table where it is well filled."""
+    width = int(tokens.max()) + 1 if len(tokens) else 1
+    keys = owner * width + tokens
+    if n * width <= _SPARSEST * len(keys):
+        table = np.bincount(keys)
+        found = np.flatnonzero(table)
+        often = table[found]
+    else:
+        keys = np.sort(keys.astype(np.uint32) if n * width < 1 << 32 else keys)
+        begins = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else keys
+        found, often = keys[begins].astype(np.int64), np.diff(np.append(begins, len(keys)))
+    latent, token = np.divmod(found, width)
+    return latent, token, often
+
+
+def _most_first(latent: Array, token: Array, often: Array) -> Array:
+    """Return the order by latent, then how often, most first, then token."""
+    if not len(latent):
+        return latent
+    n, most, width = (int(part.max()) + 1 for part in (latent, often, token))
+    if n * most * width >= 1 << 63:
+        return np.lexsort((token, -often, latent))
+    order: Array = np.argsort((latent * most + (most - 1 - often)) * width + token)
+    return order
 
 
 def joined(parts: Sequence[Summary]) -> Summary:

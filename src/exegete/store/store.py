@@ -27,7 +27,7 @@ from exegete.store.token_rows import Corpus, open_corpus
 from exegete.store.values import decode_values
 from exegete.types import Array, Firings, LatentId, LatentStats, Rows
 
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 """Firings read at once when the whole store is scanned."""
 _ROWS = 4096
 
