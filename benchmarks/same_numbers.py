@@ -10,8 +10,7 @@ content hash, computed anew from the files, is the same each time.
 (b) Other batch sizes and thread counts against the default of 8192 tokens and one thread. Where a position fires other
 latents, the reference batch is taken through the model again for its pre-activations: how far was the k-th from the
 next one, or the latent from its threshold? Where a latent fires in both: how far apart are its 16-bit values? Last, the
-same plan with the arithmetic of an older processor (no vector extensions beyond SSE2), as another machine would have
-it.
+same plan with the arithmetic of an older processor (no vector extensions beyond SSE2), a stand-in for other machines.
 
 Prints the tables and writes them to ``benchmarks/results/same_numbers.md``; ends with status 1 when a bound is broken.
 """
@@ -56,6 +55,7 @@ REFERENCE = 8192
 BATCHES = (256, 1024, 2048, 4096, 16384)
 SMALL = 1024
 """Tokens of a batch in part (a): enough shards that they are merged while collecting."""
+FEWEST = 16 * SMALL
 NEAR = 1e-5
 """Relative distance from the k-th place or the threshold within which a latent may fire or not."""
 WITHIN = 0.999
@@ -79,17 +79,13 @@ class Setting:
 
     def collect(self, name: str, tokens: int, **options: Any) -> Stores:
         """Collect with all coders; one thread unless told otherwise."""
-        return collect_firings(self.subject, self.coders, self.corpus, self.folder / name, config(tokens, **options))
+        config = CollectConfig(batch_tokens=tokens, **{"threads": 1, "workers": 1, **options})
+        return collect_firings(self.subject, self.coders, self.corpus, self.folder / name, config)
 
     @property
     def trained(self) -> Setting:
         """The same without the JumpReLU coder."""
         return replace(self, coders=trained_coders())
-
-
-def config(tokens: int, **options: Any) -> CollectConfig:
-    """Return the settings of one collection."""
-    return CollectConfig(batch_tokens=tokens, **{"threads": 1, "workers": 1, "dtype": "float32", **options})
 
 
 def trained_coders() -> dict[str, SparseCoder]:
@@ -116,8 +112,6 @@ def with_threshold(coder: SparseCoder, level: float) -> LinearCoder:
         decoder=coder.decoder,
         decoder_bias=coder.decoder_bias,
         activation=JumpReLU(torch.full((coder.width,), level)),
-        side=coder.side,
-        target=coder.target,
         subtract_decoder_bias=coder.subtract_decoder_bias,
     )
 
@@ -139,6 +133,12 @@ def prepare(folder: Path, tokens: int) -> Setting:
     return Setting(subject=subject, coders=all_coders(folder), corpus=corpus, folder=folder)
 
 
+def reopened(folder: Path) -> Setting:
+    """Return the setting that ``prepare`` made, in another process."""
+    subject = load_subject(str(assets() / "model"), device="cpu", dtype="float32")
+    return Setting(subject=subject, coders=all_coders(folder), corpus=open_corpus(folder / "corpus"), folder=folder)
+
+
 # (a) One batch plan
 
 
@@ -157,16 +157,13 @@ def same_plan(setting: Setting) -> dict[str, dict[str, str]]:
         note("a shard for each batch, unmerged", setting.collect("many", SMALL, shard_rows=1))
         note("shards of 2 MB in memory, unmerged", setting.collect("bytes", SMALL, shard_bytes=2 << 20))
     stores = setting.collect("many", SMALL)
-    merged = {name: compaction.settle(s.folder, s.manifest, last=True) for name, s in stores.items()}
-    note(
-        "the first of these, merged",
-        {name: Store(stores[name].folder, m, setting.corpus) for name, m in merged.items()},
-    )
+    for store in stores.values():
+        compaction.settle(store.folder, store.manifest, last=True)
+    note("the first of these, merged", setting.collect("many", SMALL))
     note("two processes, a shard for each batch", setting.collect("workers", SMALL, shard_rows=1, workers=2))
     with mock.patch.object(collecting, "run", shuffled_run):
         note("batches in random order", setting.collect("order", SMALL, shard_rows=1))
-    n_batches = -(-len(setting.corpus) * ROW_LENGTH // SMALL)
-    killed(collect_until, setting.folder, "before shard is listed", len(setting.coders) * n_batches // 5)
+    killed(collect_until, setting.folder, "before shard is listed", len(setting.corpus) // 10)
     killed(collect_until, setting.folder, "before merged shard is listed", 2)
     note("killed twice and resumed", setting.collect("killed", SMALL, shard_rows=1))
     killed(compact_until, setting.folder, "before compacted store is listed", 1)
@@ -178,20 +175,19 @@ def same_plan(setting: Setting) -> dict[str, dict[str, str]]:
 
 def shuffled_run(gatherings: Any, subject: Any, corpus: Any, batches: Sequence[int], *rest: Any, **named: Any) -> None:
     """Take batches through the subject in random order."""
-    passes.run(gatherings, subject, corpus, random.Random(0).sample(list(batches), len(batches)), *rest, **named)
+    passes.run(gatherings, subject, corpus, random.Random(0).sample(batches, len(batches)), *rest, **named)
 
 
 def killed(target: Callable[[Path, str, int], None], folder: Path, point: str, times: int) -> None:
-    """Run something in a process that is killed when it passes a fault point for the given time."""
-    process = multiprocessing.get_context("spawn").Process(target=target, args=(folder, point, times))
-    process.start()
+    """Run something in a process that is killed when it passes a fault point for the ``times``-th time."""
+    process = started(target, folder, point, times)
     process.join()
     if process.exitcode != -signal.SIGKILL:
         raise RuntimeError(f"the process was not killed {point!r}; it ended with {process.exitcode}")
 
 
 def kill_at(point: str, times: int) -> Callable[[str], None]:
-    """Return a fault hook that kills this process when it passes a point for the given time."""
+    """Return a fault hook that kills this process when it passes a point for the ``times``-th time."""
     left = times
 
     def hook(name: str) -> None:
@@ -205,10 +201,9 @@ def kill_at(point: str, times: int) -> Callable[[str], None]:
 
 def collect_until(folder: Path, point: str, times: int) -> None:
     """Collect, until killed."""
-    subject = load_subject(str(assets() / "model"), device="cpu", dtype="float32")
+    setting = reopened(folder).trained
     with fault_hook(kill_at(point, times)):
-        corpus = open_corpus(folder / "corpus")
-        collect_firings(subject, trained_coders(), corpus, folder / "killed", config(SMALL, shard_rows=1))
+        setting.collect("killed", SMALL, shard_rows=1)
 
 
 def compact_until(folder: Path, point: str, times: int) -> None:
@@ -219,12 +214,6 @@ def compact_until(folder: Path, point: str, times: int) -> None:
 
 
 # (b) Across batch plans
-
-
-def reopened(folder: Path) -> Setting:
-    """Return the setting that ``prepare`` made, in another process."""
-    subject = load_subject(str(assets() / "model"), device="cpu", dtype="float32")
-    return Setting(subject=subject, coders=all_coders(folder), corpus=open_corpus(folder / "corpus"), folder=folder)
 
 
 def collect_plans(folder: Path) -> None:
@@ -239,19 +228,12 @@ def collect_elsewhere(folder: Path) -> None:
     reopened(folder).collect(ELSEWHERE, REFERENCE)
 
 
-def started(target: Callable[[Path], None], folder: Path, environment: Mapping[str, str]) -> SpawnProcess:
+def started(target: Callable[..., None], *given: Any, environment: Mapping[str, str] | None = None) -> SpawnProcess:
     """Start a process of its own, which runs beside this one."""
-    process = multiprocessing.get_context("spawn").Process(target=target, args=(folder,))
-    with mock.patch.dict(os.environ, environment):
+    process = multiprocessing.get_context("spawn").Process(target=target, args=given)
+    with mock.patch.dict(os.environ, environment or {}):
         process.start()
     return process
-
-
-def finished(process: SpawnProcess) -> None:
-    """Wait for a process. Raises RuntimeError when it failed."""
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"a collecting process ended with status {process.exitcode}")
 
 
 @final
@@ -291,10 +273,17 @@ class Edges:
     gap: Array
     distance: Array
 
+    @classmethod
+    def of(cls, parts: Sequence[tuple[int, Array, Array]], keys: Array, size: int) -> Edges:
+        """Join what ``batch_edges`` found in all batches; ``size`` positions."""
+        gap, distance = np.full(size, np.nan), np.full(len(keys), np.inf)
+        for _, gaps, distances in parts:
+            gap[gaps[0].astype(np.int64)] = gaps[1]
+            distance[distances[0].astype(np.int64)] = distances[1]
+        return cls(n_positions=sum(part[0] for part in parts), keys=keys, gap=gap, distance=distance)
 
-def edges(
-    setting: Setting, stores: Stores, reference: Mapping[str, Fired], keys: Mapping[str, Array]
-) -> dict[str, Edges]:
+
+def edges(setting: Setting, stores: Stores, made: Mapping[str, Fired], keys: Mapping[str, Array]) -> dict[str, Edges]:
     """Take the reference batches through the subject again and measure; raises where they fire anything else."""
     corpus, n_rows = setting.corpus, REFERENCE // ROW_LENGTH
     points = list(dict.fromkeys(coder.point for coder in setting.coders.values()))
@@ -309,10 +298,9 @@ def edges(
                 at = np.flatnonzero(counted.numpy()) + start * ROW_LENGTH
                 assert isinstance(coder, LinearCoder)
                 pre = coder.pre_activations(batch.inputs(coder.point, counted))
-                require_same(coder, pre, at, reference[name])
+                require_same(coder, pre, at, made[name])
                 parts[name].append(batch_edges(coder, pre, at, keys[name]))
-    size = len(corpus) * ROW_LENGTH
-    return {name: joined_edges(part, keys[name], size) for name, part in parts.items()}
+    return {name: Edges.of(part, keys[name], len(corpus) * ROW_LENGTH) for name, part in parts.items()}
 
 
 def require_same(coder: LinearCoder, pre: torch.Tensor, at: Array, expected: Fired) -> None:
@@ -323,8 +311,8 @@ def require_same(coder: LinearCoder, pre: torch.Tensor, at: Array, expected: Fir
     keys = (np.repeat(at, counts) * coder.width + latents)[values > 0]
     order = np.argsort(keys)
     low, high = np.searchsorted(expected.keys, [at[0] * coder.width, (at[-1] + 1) * coder.width])
-    same = np.array_equal(keys[order], expected.keys[low:high])
-    if not same or not np.array_equal(encode_values(values[values > 0])[order], expected.codes[low:high]):
+    codes = encode_values(values[values > 0])[order]
+    if not np.array_equal(keys[order], expected.keys[low:high]) or not np.array_equal(codes, expected.codes[low:high]):
         raise RuntimeError(f"{coder.name}: the reference batch fires otherwise when it is taken through again")
 
 
@@ -345,15 +333,6 @@ def batch_edges(coder: LinearCoder, pre: torch.Tensor, at: Array, keys: Array) -
     inside = own >= last[row[here]]
     beyond = np.where(inside, own - following[row[here]], last[row[here]] - own)
     return len(at), np.stack([at, gap]), np.stack([here, beyond / last[row[here]]])
-
-
-def joined_edges(parts: Sequence[tuple[int, Array, Array]], keys: Array, size: int) -> Edges:
-    """Return the edges of all batches as one."""
-    gap, distance = np.full(size, np.nan), np.full(len(keys), np.inf)
-    for _, gaps, distances in parts:
-        gap[gaps[0].astype(np.int64)] = gaps[1]
-        distance[distances[0].astype(np.int64)] = distances[1]
-    return Edges(n_positions=sum(part[0] for part in parts), keys=keys, gap=gap, distance=distance)
 
 
 @final
@@ -380,10 +359,8 @@ def compare(coder: str, plan: str, reference: Fired, other: Fired, edge: Edges, 
     apart = np.abs(reference.codes[here].astype(np.int64) - other.codes[there])
     changed = np.setxor1d(reference.keys, other.keys, assume_unique=True)
     positions, owner = np.unique(changed // width, return_inverse=True)
-    gaps = np.zeros(len(positions))
+    gaps = np.fmax(edge.gap[positions], 0)  # under JumpReLU there is no gap, it is NaN
     np.maximum.at(gaps, owner, edge.distance[np.searchsorted(edge.keys, changed)])
-    between = edge.gap[positions]
-    gaps = np.fmax(gaps, between)  # under JumpReLU there is no gap, it is NaN
     return Row(
         coder=coder,
         plan=plan,
@@ -400,10 +377,7 @@ def compare(coder: str, plan: str, reference: Fired, other: Fired, edge: Edges, 
 
 
 def across_plans(setting: Setting) -> tuple[list[Row], dict[str, Edges]]:
-    """Compare every other batch size, two threads, and another processor, with the reference.
-
-    All but two threads are collected already; then collecting returns what there is.
-    """
+    """Compare all other collections, most of them already made, with the reference."""
     stores = setting.collect(str(REFERENCE), REFERENCE)
     others: dict[str, Stores] = {f"{tokens:,} tokens": setting.collect(str(tokens), tokens) for tokens in BATCHES}
     others["2 threads"] = setting.collect("threads", REFERENCE, threads=2)
@@ -485,13 +459,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=65_536)
     arguments = parser.parse_args()
+    if arguments.tokens < FEWEST:
+        parser.error(f"--tokens must be at least {FEWEST:,}, so that shards are merged; got {arguments.tokens}")
     machine, begun = describe(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         setting = prepare(Path(folder), arguments.tokens)
-        beside = [started(collect_plans, setting.folder, {}), started(collect_elsewhere, setting.folder, OLDER)]
+        beside = [started(collect_plans, Path(folder)), started(collect_elsewhere, Path(folder), environment=OLDER)]
         found = same_plan(setting.trained)
         for process in beside:
-            finished(process)
+            process.join()
+            if process.exitcode:
+                raise RuntimeError(f"a collecting process ended with status {process.exitcode}")
         rows, measured = across_plans(setting)
     bounds = verdicts(found, rows)
     lines = [
@@ -499,7 +477,7 @@ def main() -> int:
         "",
         f"`python -m benchmarks.same_numbers --tokens {arguments.tokens}`: demo subject (4 layers, d 256, float32), "
         f"{len(setting.corpus):,} rows of {ROW_LENGTH}, coders of 2,048 latents and k = 32; "
-        f"{time.perf_counter() - begun:.0f} s.",
+        f"{time.perf_counter() - begun:.0f} s. The older processor is this one with {OLDER}.",
         "",
         f"**One batch plan** ({SMALL:,} tokens a batch, one thread): content hashes, computed anew from the files.",
         "",
@@ -513,9 +491,8 @@ def main() -> int:
         "",
         *(f"- {'holds' if holds else '**DOES NOT HOLD**'}: {bound}" for bound, holds in bounds.items()),
     ]
-    text = "\n".join(lines)
-    print(text)
-    save_section(RESULTS / "same_numbers.md", "The same numbers (promise 7)", text)
+    print("\n".join(lines))
+    save_section(RESULTS / "same_numbers.md", "The same numbers (promise 7)", "\n".join(lines))
     return 0 if all(bounds.values()) else 1
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,14 @@ import torch
 from exegete.coders import LinearCoder, ReLU, SparseCoder, load_coders
 from exegete.coders.coder import Point
 from exegete.collecting import collect_firings, passes, plan, workers
-from exegete.config import CollectConfig, CorpusConfig
-from exegete.errors import InputError, MismatchError
+from exegete.config import CollectConfig, CorpusConfig, RunConfig
+from exegete.errors import ConfigError, InputError, MismatchError
 from exegete.store.corpus import Corpus, build_corpus
 from exegete.store.manifest import load_manifest
 from exegete.store.sources import text_documents
 from exegete.store.store import Store
 from exegete.subjects import Subject, load_subject
+from exegete.types import SparseCode
 
 CONFIG = CollectConfig(batch_tokens=4 * 32, shard_bytes=1 << 14, threads=1)
 
@@ -97,12 +99,99 @@ def test_shards_are_built_behind_the_forward_pass(
     monkeypatch.setattr("exegete.collecting.run", lambda *args, behind: plain(*args, behind=True))
     assert hashes(collect_firings(subject, coders, corpus, tmp_path, CONFIG)) == expected
 
-    def broken(*_: object) -> None:
-        raise InputError("full")
+    whole = LinearCoder.encode
 
-    monkeypatch.setattr("exegete.collecting.job.Gathering.add", broken)
-    with pytest.raises(InputError, match="full"):
-        collect_firings(subject, coders, corpus, tmp_path / "b", CONFIG)
+    def full_at(n: int) -> Callable[[LinearCoder, torch.Tensor], SparseCode]:
+        calls = 0
+
+        def encode(coder: LinearCoder, x: torch.Tensor) -> SparseCode:
+            nonlocal calls
+            calls += coder.name == "layers.0"
+            code = whole(coder, x)
+            if calls == n and coder.name == "layers.0":
+                return SparseCode(indices=code.indices, values=code.values + 1e30, width=code.width)
+            return code
+
+        return encode
+
+    for n in (2, 3, 9):  # the first batch after measuring, the next, one in the middle of a shard
+        monkeypatch.setattr(LinearCoder, "encode", full_at(n))
+        with pytest.raises(InputError, match="too large to store"):
+            collect_firings(subject, coders, corpus, tmp_path / str(n), CONFIG)
+        monkeypatch.setattr(LinearCoder, "encode", whole)
+        assert hashes(collect_firings(subject, coders, corpus, tmp_path / str(n), CONFIG)) == expected
+
+
+def test_out_of_memory_says_what_to_do(
+    subject: Subject,
+    coders: dict[str, SparseCoder],
+    corpus: Corpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    collect_firings(subject, {"layers.0": coders["layers.0"]}, corpus, tmp_path, CONFIG)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(passes, "read", full)
+    monkeypatch.setattr(plan, "begin", lambda *_: None)
+    with pytest.raises(InputError, match=r"batches of 4 rows.*smaller collect\.batch_tokens"):
+        collect_firings(subject, {"other": coders["layers.0"].placed(name="other")}, corpus, tmp_path, CONFIG)
+
+
+def test_compiled_subjects_go_to_other_processes(
+    toy_folder: Path, coders: dict[str, SparseCoder], corpus: Corpus, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    compiled = load_subject(str(toy_folder / "model"), device="cpu", compile="eager")
+    config = dataclasses.replace(CONFIG, workers=2, compile=True)
+    assert hashes(collect_firings(compiled, coders, corpus, tmp_path, config)) == expected
+
+
+def test_a_coder_of_another_precision_is_another_coder(
+    subject: Subject, coders: dict[str, SparseCoder], corpus: Corpus, tmp_path: Path
+) -> None:
+    one = coders["layers.0"]
+    collect_firings(subject, {"layers.0": one.to("cpu", torch.bfloat16)}, corpus, tmp_path, CONFIG)
+    with pytest.raises(MismatchError, match="coder_dtype: 'bfloat16' there, 'float32' now"):
+        collect_firings(subject, {"layers.0": one}, corpus, tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"sink_norm": -1.0}, "multiple of the median norm"),
+        ({"sink_norm": float("nan")}, "multiple of the median norm"),
+        ({"threads": 0}, "collect.threads"),
+        ({"shard_rows": -3}, "collect.shard_rows"),
+        ({"workers": 2, "device_map": "auto"}, "give one of them"),
+        ({"workers": 2, "device": "cuda:3"}, "not cuda:3"),
+    ],
+)
+def test_settings_that_cannot_be(setting: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        RunConfig(collect=CollectConfig(**setting))
+
+
+def test_workers_inside_workers_are_refused(
+    subject: Subject, coders: dict[str, SparseCoder], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: "the parent")
+    with pytest.raises(InputError, match='__name__ == "__main__"'):
+        collect_firings(subject, coders, corpus, tmp_path, dataclasses.replace(CONFIG, workers=2))
+
+
+def test_an_infinite_error_is_warned_of(
+    subject: Subject,
+    coders: dict[str, SparseCoder],
+    corpus: Corpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("exegete.coders.quality.fvu_and_l0", lambda *_: (float("inf"), 3.0))
+    store = collect_firings(subject, {"layers.0": coders["layers.0"]}, corpus, tmp_path, CONFIG)["layers.0"]
+    assert store.manifest.quality == {"l0": 3.0}
+    assert "FVU inf" in store.manifest.warnings[0]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 20])
@@ -171,6 +260,7 @@ def test_a_begun_batch_plan_is_kept(
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from exegete.coders import load_coders
 from exegete.collecting import collect_firings
 from exegete.config import CollectConfig

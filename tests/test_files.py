@@ -105,3 +105,29 @@ def test_the_hook_is_restored() -> None:
     files.fault_point("two")
     assert seen == ["one"]
     assert json.loads(files.canonical_json(seen)) == ["one"]
+
+
+def test_settings_of_strangers_are_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}')
+    assert files.read_json(path, most_bytes=8) == {"a": 1}
+    with pytest.raises(CorruptError, match=r"config\.json is larger than the 7 bytes"):
+        files.read_json(path, most_bytes=7)
+    with path.open("wb") as stream:
+        stream.truncate((1 << 26) + 1)  # a hole: takes no space
+    with pytest.raises(CorruptError, match="larger than the 67108864 bytes"):
+        files.read_json(path)
+    path.write_text('{"a":' * 100_000)
+    with pytest.raises(CorruptError, match=r"config\.json does not parse as JSON: .*recursion"):
+        files.read_json(path)
+    path.write_bytes(b'"\xff"')
+    with pytest.raises(CorruptError, match="does not parse"):
+        files.read_json(path)
+    with pytest.raises(CorruptError, match="cannot be read"):
+        files.read_json(tmp_path)
+
+
+def test_a_file_that_does_not_tell_its_size_is_bounded_too(tmp_path: Path) -> None:
+    os.symlink("/dev/zero", tmp_path / "config.json")
+    with pytest.raises(CorruptError, match="larger than the 100 bytes"):
+        files.read_json(tmp_path / "config.json", most_bytes=100)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exegete.config import CollectConfig, CorpusConfig, LLMConfig, RunConfig
+from exegete.config import CollectConfig, CorpusConfig, ExampleConfig, LLMConfig, RunConfig
 from exegete.errors import InputError, unknown
 from exegete.explainers.explainer import explainers
 from exegete.pipeline import Pipeline, run_pipeline
@@ -100,6 +100,7 @@ def collect(
         seed=seed,
         corpus=corpus.config,
         collect=options,
+        examples=ExampleConfig(window=min(ExampleConfig().window, corpus.row_length - 1)),
     )
     with Pipeline(config, out) as pipeline:
         pipeline.collect_corpus(Prepared(subject=subject, coders=fitted), corpus)

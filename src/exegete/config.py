@@ -7,6 +7,7 @@ made and are never part of a configuration, so they cannot be saved.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -82,6 +83,8 @@ class CollectConfig:
     """Spread a subject larger than one GPU over several devices: auto, balanced, sequential (needs accelerate)."""
     dtype: str = "auto"
     """Data type of the subject: float32, bfloat16, float16, or auto (float32 on a CPU)."""
+    coder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type that coders compute in."""
     compile: bool = False
     """Compile the subject's layers with torch.compile: slower to start, faster on long runs."""
     batch_tokens: int | None = None
@@ -170,7 +173,8 @@ class RunConfig:
     subject: str = ""
     """Hugging Face model: a hub id or a local folder."""
     coder: tuple[str, ...] = ()
-    """Sparse coders: hub ids or local folders, each with an optional :SUB folder, or NAME=SPEC to name it."""
+    """Coders: a folder or hub id with an optional :SUB, saelens:RELEASE:ID, or made for the subject at --hookpoints:
+    neurons[:k=N], pca:components=N, directions:FILE, random:ARCHITECTURE,width=N. NAME= before one names it."""
     hookpoints: tuple[str, ...] = ()
     """Hookpoints to read a coder repository at (globs allowed); by default all that the repository holds."""
     explainer: str = "rule"
@@ -285,11 +289,26 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     return value
 
 
+def _check_collect(collect: CollectConfig) -> None:
+    if not 0 <= collect.sink_norm < math.inf:
+        raise ConfigError(f"collect.sink_norm is a multiple of the median norm, or 0 for none, got {collect.sink_norm}")
+    if collect.workers is not None and collect.workers > 1:
+        if collect.device_map is not None:
+            raise ConfigError(
+                "collect.workers copies the subject into each process, collect.device_map spreads it over "
+                "all devices; give one of them"
+            )
+        if collect.device.startswith("cuda:"):
+            raise ConfigError(f"collect.workers take one GPU each; give collect.device cuda, not {collect.device}")
+
+
 def _check(config: RunConfig) -> None:
     positive = {
         "collect.batch_tokens": 1 if config.collect.batch_tokens is None else config.collect.batch_tokens,
         "collect.shard_bytes": config.collect.shard_bytes >> 10,
         "collect.workers": 1 if config.collect.workers is None else config.collect.workers,
+        "collect.threads": 1 if config.collect.threads is None else config.collect.threads,
+        "collect.shard_rows": 1 if config.collect.shard_rows is None else config.collect.shard_rows,
         "examples.window": config.examples.window,
         "examples.n_train": config.examples.n_train,
         "examples.n_test": config.examples.n_test,
@@ -305,6 +324,7 @@ def _check(config: RunConfig) -> None:
             f"examples.window ({config.examples.window}) must be smaller than corpus.row_length "
             f"({config.corpus.row_length})"
         )
+    _check_collect(config.collect)
     if not 0 < config.examples.test_share < 1:
         raise ConfigError(f"examples.test_share lies between 0 and 1, got {config.examples.test_share}")
     for null in config.nulls:

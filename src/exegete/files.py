@@ -95,13 +95,24 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON. Raises NotFoundError when the file is missing, CorruptError when it does not parse."""
+def read_json(path: Path, *, most_bytes: int = 1 << 26) -> Any:
+    """Read JSON of at most ``most_bytes``: a model folder's settings may come from anybody.
+
+    Raises NotFoundError when the file is missing, CorruptError when it is larger, cannot be read or does not parse.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            # A device says it is empty: read a little more than a file of this size would hold.
+            data = stream.read(min(max(size, 1 << 16), most_bytes) + 1) if size <= most_bytes else None
+        if data is None or len(data) > max(size, 1 << 16):
+            raise CorruptError(f"{path} is larger than the {most_bytes} bytes that are read of such a file; replace it")
+        return json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise NotFoundError(f"there is no {path}") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CorruptError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path} does not parse as JSON: {error}") from error
 
 

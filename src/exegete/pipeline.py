@@ -7,6 +7,7 @@ options and the keys it rests on; so a new scorer leaves the store alone, and a 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,15 +69,26 @@ class Pipeline:
         ``documents`` replaces the text named by the configuration. Raises MismatchError when the folder holds output
         of other settings.
         """
-        self._guard()
+        self._guard(prepared)
+        self._check_packing(prepared)
         self._collect_all(prepared, self._corpus(prepared.subject, documents))
 
     def collect_corpus(self, prepared: Prepared, corpus: Corpus) -> None:
         """Collect over a corpus built elsewhere, which is copied into the run."""
         from exegete.store.corpus import copy_corpus
 
-        self._guard()
+        self._guard(prepared)
+        self._check_packing(prepared)
         self._collect_all(prepared, copy_corpus(corpus, self.run.corpus_folder))
+
+    def _check_packing(self, prepared: Prepared) -> None:
+        """Refuse a subject that mixes packed documents before the corpus is built and the manifest written."""
+        import torch
+
+        if self.config.corpus.packing and self.config.corpus.attend == "document" and prepared.coders:
+            point = next(iter(prepared.coders.values())).point
+            two = torch.tensor([[0, 0, 1, 1]])  # two documents in one row
+            prepared.subject.capture(torch.zeros_like(two), None, [point], two)
 
     def _collect_all(self, prepared: Prepared, corpus: Corpus) -> None:
         self._write_manifest(prepared)
@@ -85,17 +97,18 @@ class Pipeline:
         random = self._random(prepared, fixed) if wanted else {}
         self._collect(prepared.subject, {**prepared.coders, **random}, corpus)
         if wanted and len(fixed) < len(prepared.coders):  # how many fire is known only now
-            firing = {
-                name: max(1, round(float(self.run.store(name).manifest.quality.get("l0", 1.0))))
-                for name in prepared.coders
-                if name not in fixed
-            }
+            firing = {name: self._firing(name) for name in prepared.coders if name not in fixed}
             self._collect(prepared.subject, self._random(prepared, firing), corpus)
         if "random_subject" in self.config.nulls:
             from exegete.subjects import randomised
 
             nulls = {name + RANDOM_SUBJECT: coder for name, coder in prepared.coders.items()}
             self._collect(randomised(prepared.subject, self.config.seed), nulls, corpus)
+
+    def _firing(self, name: str) -> int:
+        """Return how many latents of a collected coder fire at a position, rounded, at least 1."""
+        manifest = self.run.store(name).manifest
+        return max(1, round(manifest.n_firings / max(manifest.n_positions, 1)))
 
     def _random(self, prepared: Prepared, firing: Mapping[str, int]) -> dict[str, SparseCoder]:
         """Return a random coder for each of the named ones, with as many latents firing."""
@@ -131,9 +144,16 @@ class Pipeline:
             done = rows
 
         try:
-            collect_firings(subject, coders, corpus, self.run.store_folder, self.config.collect, progress=report)
+            settings = dataclasses.replace(self.config.collect, batch_tokens=self._batch_tokens())
+            collect_firings(subject, coders, corpus, self.run.store_folder, settings, progress=report)
         finally:
             self._progress.end()
+
+    def _batch_tokens(self) -> int | None:
+        """Return the batch size of the run: as told, or that of its stores, so that nulls share one plan."""
+        wanted = self.config.collect.batch_tokens
+        plans = [self.run.store(name).manifest.batch_plan for name in self.run.coders()]
+        return wanted if wanted is not None or not plans else plans[0]["rows"] * plans[0]["row_length"]
 
     # -- select and explain ------------------------------------------------------------------------------------------
 
@@ -320,16 +340,26 @@ class Pipeline:
         under = {
             name: data[name] for name in ("subject", "coder", "hookpoints", "seed", "corpus", "collect", "examples")
         }
-        under["collect"] = {k: v for k, v in under["collect"].items() if k in ("dtype", "batch_tokens", "sink_norm")}
+        under["collect"] = {
+            k: v
+            for k, v in under["collect"].items()
+            if k in ("dtype", "coder_dtype", "compile", "batch_tokens", "sink_norm")
+        }
         return under
 
-    def _guard(self) -> None:
-        """Refuse a change of settings under existing output, with the difference."""
+    def _guard(self, prepared: Prepared | None = None) -> None:
+        """Refuse a change of settings, subject or coders under existing output, with the difference."""
         path = self.run.folder / "manifest.json"
-        if not path.is_file():
+        if not path.is_file() or not self.run.coders():  # nothing rests on the settings yet
             return
-        before = read_json(path).get("settings", {})
-        changed = list(_differences(before, self._settings()))
+        before = read_json(path)
+        changed = list(_differences(before.get("settings", {}), self._settings()))
+        if prepared is not None and not changed:
+            hashes = {name: coder.hash for name, coder in prepared.coders.items()}
+            known = {name: old for name, old in before.get("coders", {}).items() if name in hashes}
+            now = {"subject": prepared.subject.hash, **{f"coder {name}": hashes[name] for name in known}}
+            then = {"subject": before.get("subject", {}).get("hash"), **{f"coder {n}": old for n, old in known.items()}}
+            changed = list(_differences(then, now))
         if changed:
             raise MismatchError(
                 f"{self.run.folder} was made with other settings ({'; '.join(changed)}); "

@@ -56,6 +56,8 @@ def prepare(config: RunConfig, documents: Iterable[TextDocument] | None = None) 
         seed=config.seed,
         other_model=config.collect.other_model,
         by_document=config.corpus.attend == "document",
+        sink_norm=config.collect.sink_norm,
+        dtype=config.collect.coder_dtype,
     )
     return Prepared(subject=subject, coders=coders)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,21 @@ def test_the_draw_of_a_random_coder_never_changes() -> None:
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     assert np.array_equal(random_coder(made(), 7).encoder.numpy(), rows.astype(np.float32))
     assert np.array_equal(random_coder(made(ReLU()), 7, 3).encoder.numpy(), rows.astype(np.float32))
+
+
+def test_a_draw_in_parts_is_the_same_and_takes_the_memory_of_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    from exegete.coders import baselines
+
+    rows = stream(1, "d").standard_normal((5000, 40))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    for elements in (1, 40 * 7, 40 * 100):
+        monkeypatch.setattr(baselines, "_DRAWN_ELEMENTS", elements)
+        tracemalloc.start()
+        found = baselines._directions(stream(1, "d"), 5000, 40)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert np.array_equal(found.numpy(), rows.astype(np.float32))
+        assert peak < 1.3 * found.nbytes
 
 
 def test_random_transcoder_and_dtype() -> None:

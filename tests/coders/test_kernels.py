@@ -149,6 +149,14 @@ def test_what_no_comparison_keeps_is_noticed() -> None:
     assert not bool(torch.isfinite(found.values).all())
 
 
+def test_rows_at_once() -> None:
+    """On a GPU 128 rows of a wide coder would leave it idle."""
+    for width, on_cpu, on_gpu in ((131_072, 512, 2048), (1 << 20, 64, 256), (16, 1 << 16, 1 << 24), (1 << 30, 1, 1)):
+        assert kernels.rows_at_once(width, torch.device("cpu")) == on_cpu
+        assert kernels.rows_at_once(width, torch.device("cuda", 1)) == on_gpu
+    assert kernels.rows_at_once(2048, torch.device("cpu")) == 512
+
+
 def test_joined() -> None:
     pre = drawn("normal", 7, 20, 0)
     whole = kernels.above(pre, 0.0)

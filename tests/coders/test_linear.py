@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exegete.coders import linear
+from exegete.coders import kernels
 from exegete.coders.activations import Activation, Gated, GroupMax, JumpReLU, ReLU, TopK
 from exegete.coders.baselines import random_coder
 from exegete.coders.kernels import Part
@@ -220,7 +220,7 @@ def test_encode_and_decode_against_one_number_at_a_time(
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     coder, x = made(kind=kind), inputs(11)
     whole = coder.encode(x)
-    monkeypatch.setattr(linear, "_CHUNK_ELEMENTS", 2 * coder.width)
+    monkeypatch.setattr(kernels, "rows_at_once", lambda *_: 2)
     sizes: list[int] = []
     plain = LinearCoder._encode
 
@@ -236,6 +236,20 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str) -> No
     assert (parts.offsets is None) == (whole.offsets is None)
     if parts.offsets is not None and whole.offsets is not None:
         assert torch.equal(parts.offsets, whole.offsets)
+
+
+def test_the_device_decides_how_many_rows_are_encoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    coder, x = made(), inputs(7)
+    whole = coder.encode(x)
+    asked: list[tuple[int, str]] = []
+
+    def rows(width: int, device: torch.device) -> int:
+        asked.append((width, device.type))
+        return 3
+
+    monkeypatch.setattr(kernels, "rows_at_once", rows)
+    assert torch.equal(coder.encode(x).indices, whole.indices)
+    assert asked == [(coder.width, "cpu")]
 
 
 def flat_coder(width: int, d: int, rule: Activation, weight: float = 1.0) -> LinearCoder:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
+from exegete.coders import kernels
 from exegete.coders.pca import pca_coder, principal_components
-from exegete.coders.reading import activations
+from exegete.coders.reading import activations, norm_limit
 from exegete.errors import InputError, NotFoundError
 from exegete.subjects import load_subject
 from exegete.subjects.subject import Subject
@@ -116,3 +119,88 @@ def test_bad_settings(subject: Subject, options: dict[str, object], words: str) 
     with pytest.raises(InputError, match=words) as raised:
         pca_coder(subject, given_.pop("hookpoint"), rows(), **given_)  # type: ignore[arg-type]
     assert isinstance(raised.value, NotFoundError) == ("did you mean" in words)
+
+
+def with_sink(monkeypatch: pytest.MonkeyPatch, place: tuple[int, int]) -> None:
+    """Let the activation at one place of the first rows read be 100 times as long, its direction that of no other."""
+    plain = Subject.capture
+
+    def capture(self: Subject, *args: Any) -> dict[Any, torch.Tensor]:
+        found = plain(self, *args)
+        for x in found.values():
+            norm = float(x[place].norm())
+            x[place] = 0.0
+            x[place][0] = 100 * norm
+        return found
+
+    monkeypatch.setattr(Subject, "capture", capture)
+
+
+def test_a_sink_turns_no_component(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_ = rows()
+    place = (2, int(np.flatnonzero(given_.mask[2])[1]))
+    without = Rows(tokens=given_.tokens, documents=given_.documents, mask=given_.mask.copy())
+    without.mask[place] = False
+    expected = pca_coder(subject, "layers.1", without, components=3)
+    with_sink(monkeypatch, place)
+    found = pca_coder(subject, "layers.1", given_, components=3)
+    assert torch.equal(found.encoder, expected.encoder)
+    assert torch.equal(found.decoder_bias, expected.decoder_bias)
+    turned = pca_coder(subject, "layers.1", given_, components=3, sink_norm=0)
+    assert float(turned.encoder[0] @ expected.encoder[0]) < 0.9
+    assert float(turned.encoder[0, 0]) > 0.99
+    n = int(given_.mask.sum())
+    (kept,) = activations(subject, ("layers.1", "output"), given_)
+    assert len(kept) == n - 1
+    assert sum(map(len, activations(subject, ("layers.1", "output"), given_, most=n - 1))) == n - 1
+    assert sum(map(len, activations(subject, ("layers.1", "output"), given_, sink_norm=1000.0))) == n
+
+
+def test_the_limit_is_that_of_the_first_batch_with_positions(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    from exegete.coders import reading
+
+    monkeypatch.setattr(reading, "_BATCH_TOKENS", 60)  # three rows
+    given_ = rows()
+    given_.mask[:3] = False
+    x = torch.from_numpy(captured(subject, given_, "layers.1")).float()
+    norms = x.norm(dim=1)
+    limit = 1.02 * norms[: int(given_.mask[3:6].sum())].median()
+    parts = list(activations(subject, ("layers.1", "output"), given_, sink_norm=1.02))
+    assert len(parts) == 3
+    assert 0 < int((norms > limit).sum()) < len(x)
+    torch.testing.assert_close(torch.cat(parts), x[norms <= limit])
+
+
+def test_norm_limits_by_hand() -> None:
+    assert norm_limit(torch.tensor([1.0, 5.0, 2.0]), 10.0) == 20.0
+    assert norm_limit(torch.tensor([1.0, 5.0, 2.0]), 0.0) == float("inf")
+    assert norm_limit(torch.zeros(3), 10.0) == float("inf")
+
+
+@pytest.mark.parametrize("sink_norm", [-1.0, float("nan"), float("inf")])
+def test_a_sink_norm_that_is_none(subject: Subject, sink_norm: float) -> None:
+    with pytest.raises(InputError, match="sink_norm is a multiple of the median norm"):
+        pca_coder(subject, "layers.1", rows(), components=2, sink_norm=sink_norm)
+
+
+class _WithoutFloat64(torch.Tensor):
+    """A tensor of a device that has no float64, until it is on the CPU."""
+
+    def double(self, *_: Any, **__: Any) -> torch.Tensor:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+
+    def cpu(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_batches_of_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not kernels.has_float64(torch.device("mps"))
+    assert kernels.has_float64(torch.device("cpu"))
+    assert kernels.has_float64(torch.device("cuda", 1))
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    mean, expected = principal_components([x], 3)
+    monkeypatch.setattr(kernels, "has_float64", lambda device: False)
+    own, found = principal_components([x.as_subclass(_WithoutFloat64)], 3)
+    assert (own.dtype, found.dtype) == (torch.float64, torch.float64)
+    assert torch.equal(found, expected)
+    assert torch.equal(own, mean)

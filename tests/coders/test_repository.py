@@ -252,6 +252,15 @@ def test_the_commit_is_looked_up_once(hub: Hub) -> None:
     assert HubRepository("Org/coders", "old").settings("layers.1/cfg.json") == {"k": 1}
 
 
+@pytest.mark.parametrize(("spec", "asked"), [("org/coders", "None"), ("org/coders@v1", "v1"), ("org/coders@", "None")])
+def test_a_revision_may_be_named(hub: Hub, spec: str, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hub.branches, "v1", hub.branches[None])
+    opened = open_repository(spec)
+    assert opened.name == "org/coders"
+    assert opened.files
+    assert hub.asked[0] == ("list", asked)
+
+
 def test_hub_paths_that_lead_elsewhere(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["../../up", "/etc/passwd", "a/../../b", "ok", "line\nbreak"]
     info = SimpleNamespace(sha=FIRST, siblings=[SimpleNamespace(rfilename=n) for n in names])

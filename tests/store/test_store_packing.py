@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 
 from exegete.config import CorpusConfig
 from exegete.errors import ConfigError, InputError, MismatchError
-from exegete.store import encoding
+from exegete.store import encoding, token_rows
 from exegete.store.corpus import Corpus, TextDocument, build_corpus, copy_corpus, open_corpus
+from exegete.store.packing import _Keys
 from exegete.tokens import TokenTable
 from exegete.types import Rows
 
@@ -261,3 +264,51 @@ def test_an_eos_that_the_table_does_not_call_special_is_still_not_counted(tmp_pa
     assert corpus.tokens[0, :5].tolist() == [1, 7, 50, 8, 50]
     assert corpus.rows([0]).mask[0, :5].tolist() == [False, True, False, True, False]
     assert corpus.n_counted == 2
+
+
+@given(st.lists(st.text(max_size=3), max_size=60))
+def test_keys_are_new_once(keys: list[str]) -> None:
+    known = _Keys()
+    seen: set[str] = set()
+    for key in keys:
+        assert known.add(key) == (key not in seen)
+        seen.add(key)
+
+
+def test_many_keys_in_little_memory() -> None:
+    tracemalloc.start()
+    known = _Keys()
+    assert all(known.add(f"data/part-00012-of-00100.jsonl:{i}") for i in range(12_000))
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert size < 50 * 12_000
+    assert not any(known.add(f"data/part-00012-of-00100.jsonl:{i}") for i in range(12_000))
+    assert known.add("\udcff.txt")  # the name of a file that is not UTF-8
+    assert not known.add("\udcff.txt")
+
+
+def test_digests_that_share_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All digests end alike, so that all want one slot, some share their first half, and one is all zeros."""
+
+    class Digest:
+        def __init__(self, key: bytes, *, digest_size: int) -> None:
+            self.key = int(key)
+
+        def digest(self) -> bytes:
+            low, high = 2 * (self.key % 500), (self.key // 500) << 40
+            return low.to_bytes(8, "little") + high.to_bytes(8, "little")
+
+    monkeypatch.setattr(hashlib, "blake2b", Digest)
+    known = _Keys()
+    assert all(known.add(str(i)) for i in range(1000))
+    assert not any(known.add(str(i)) for i in range(1000))
+
+
+def test_the_first_segments_of_rows_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make(tmp_path, [[7 + i % 40] * (1 + i * 5 % 13) for i in range(30)], bos="none")
+    expected = np.searchsorted(corpus.segments[:, 0], np.arange(corpus.n_rows + 1))
+    assert len(corpus.segments) > corpus.n_rows > 20
+    for size in (1, 7, 1 << 16):
+        monkeypatch.setattr(token_rows, "_BLOCK", size)
+        again = open_corpus(tmp_path)
+        assert np.array_equal(again._first_segments, expected)

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import math
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +15,8 @@ from hypothesis import strategies as st
 
 from exegete.errors import CorruptError, InputError
 from exegete.store import shards
-from exegete.store.shards import OpenShards, ShardBuilder, ShardShape, ShardWriter, open_shard
+from exegete.store.manifest import ShardEntry
+from exegete.store.shards import AbsentShardError, OpenShards, ShardBuilder, ShardShape, ShardWriter, open_shard
 from exegete.types import Array
 
 WIDTH, LENGTH = 7, 4
@@ -116,21 +122,160 @@ def test_another_format_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(shards, "FORMAT", 1)
     build(some(3)).write(tmp_path / "a.bin")
     monkeypatch.undo()
-    with pytest.raises(InputError, match="shard format 1, this version reads 2"):
+    with pytest.raises(InputError, match="shard format 1, this version reads 3"):
         open_shard(tmp_path / "a.bin")
     assert struct.unpack_from("<I", (tmp_path / "a.bin").read_bytes(), 8) == (1,)
 
 
+def entry(builder: ShardBuilder, path: Path) -> ShardEntry:
+    """Write a shard and return the entry that lists it."""
+    n_firings = builder.n_firings
+    return ShardEntry(
+        file=path.name,
+        row_start=builder.row_start,
+        row_stop=builder.row_start + builder.n_rows,
+        latent_start=0,
+        latent_stop=WIDTH,
+        n_positions=builder.n_rows * LENGTH,
+        n_firings=n_firings,
+        tier=0,
+        sha256=builder.write(path),
+    )
+
+
 def test_at_most_so_many_maps_are_open(tmp_path: Path) -> None:
-    sums = {f"{i}.bin": build(some(i), row_start=i).write(tmp_path / f"{i}.bin") for i in range(5)}
-    opened = OpenShards(tmp_path, limit=2)
+    entries = [entry(build(some(i), row_start=i), tmp_path / f"{i}.bin") for i in range(5)]
+    opened = OpenShards(tmp_path, LENGTH, limit=2)
     for _ in range(2):
-        for i, (file, sha) in enumerate(sums.items()):
-            assert opened.get(file, sha).shape.row_start == i
+        for i, listed in enumerate(entries):
+            assert opened.get(listed).shape.row_start == i
             assert len(opened) <= 2
-    assert opened.get("4.bin", sums["4.bin"]) is opened.get("4.bin", sums["4.bin"])
-    with pytest.raises(CorruptError, match="not the shard its manifest lists"):
-        opened.get("0.bin", sums["1.bin"])
+    assert opened.get(entries[4]) is opened.get(entries[4])
+    for file in ("0.bin", "4.bin"):
+        with pytest.raises(AbsentShardError, match="not the shard its manifest lists"):
+            opened.get(dataclasses.replace(entries[1], file=file))
+
+
+@pytest.mark.parametrize("field", ["row_start", "row_stop", "latent_start", "latent_stop", "n_firings"])
+def test_a_manifest_that_lists_something_else_than_the_shard_holds_is_damaged(tmp_path: Path, field: str) -> None:
+    listed = entry(build(some(1), row_start=3), tmp_path / "a.bin")
+    assert OpenShards(tmp_path, LENGTH).get(listed).shape.n_rows == 5
+    other = dataclasses.replace(listed, **{field: getattr(listed, field) + 1})
+    opened = OpenShards(tmp_path, LENGTH)
+    for _ in range(2):
+        with pytest.raises(CorruptError, match=r"manifest\.json lists other rows, latents or firings of a\.bin"):
+            opened.get(other)
+    with pytest.raises(CorruptError, match="lists other rows"):
+        OpenShards(tmp_path, LENGTH + 1).get(listed)
+
+
+def test_the_shape_is_part_of_the_checksum(tmp_path: Path) -> None:
+    sums = {build(some(1), row_start=start).write(tmp_path / "a.bin") for start in (0, 1)}
+    assert len(sums) == 2
+
+
+def forged(path: Path, header: bytes) -> None:
+    """Give a shard another header, with the checksum that belongs to it."""
+    raw = path.read_bytes()
+    _, number, length, _ = struct.unpack_from("<8sII32s", raw)
+    text = header.ljust(-(-(48 + len(header)) // 64) * 64 - 48, b"\0")
+    start = struct.pack("<8sII", b"EXEGSHRD", number, 48 + len(text))
+    path.write_bytes(start + hashlib.sha256(start + text).digest() + text + raw[length:])
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(path.read_bytes()[48:512].split(b"\0")[0])
+    return fields
+
+
+ABSURD: list[Any] = [-1, 1 << 62, 10**30, 1.5, True, None, "5", [1], math.nan]
+
+
+@pytest.mark.parametrize("name", [*ShardShape.__slots__, "values", "digests"])
+def test_hostile_headers_are_damaged(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.bin"
+    build(some(3), row_start=2).write(path)
+    fields = header_of(path)
+    absurd = ABSURD if name != "digests" else [*ABSURD, [], ["0"], ["0"] * 4, {}]
+    changed = [{**fields, name: value} for value in absurd if value != fields[name]]
+    for header in [*changed, {key: value for key, value in fields.items() if key != name}]:
+        forged(path, json.dumps(header).encode())
+        with pytest.raises(CorruptError, match=r"a\.bin"):
+            open_shard(path)
+    forged(path, json.dumps(fields, sort_keys=True).encode())
+    assert open_shard(path).shape.row_start == 2
+
+
+@pytest.mark.parametrize(
+    "header", [b"", b"[]", b"5", b"null", b"{", b"\xff", b"[" * 9000, b'{"a":' * 2000, b" " * 20000, b"9" * 5000]
+)
+def test_headers_that_are_no_object_are_damaged(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "a.bin"
+    build(some(3)).write(path)
+    forged(path, header)
+    with pytest.raises(CorruptError, match=r"a\.bin"):
+        open_shard(path)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 17, 64])
+def test_only_two_widths_of_positions_are_known(tmp_path: Path, bits: int) -> None:
+    build(some(3)).write(tmp_path / "a.bin")
+    forged(tmp_path / "a.bin", json.dumps({**header_of(tmp_path / "a.bin"), "bits": bits}).encode())
+    with pytest.raises(CorruptError, match="describes no shard"):
+        open_shard(tmp_path / "a.bin")
+
+
+def shape_of(**fields: int) -> ShardShape:
+    known = {"row_start": 0, "n_rows": 1, "row_length": 4, "latent_start": 0, "n_latents": 2, "n_excluded": 0}
+    return ShardShape.fitting(**{**known, **fields})
+
+
+@pytest.mark.parametrize("counts", [[3, -1], [1, 2], [0, 1]])
+def test_offsets_that_do_not_ascend_to_the_firings_are_damaged(tmp_path: Path, counts: list[int]) -> None:
+    with ShardWriter.open(tmp_path / "a.bin", shape_of(n_firings=2)) as writer:
+        writer.append(np.array(counts), np.array([0, 1]), np.array([1, 1], np.uint16))
+        writer.finish(np.zeros(0, np.uint64))
+    for _ in range(2):
+        with pytest.raises(CorruptError, match="do not ascend"):
+            open_shard(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("excluded", [[1, 1], [3, 2], [2, 4]])
+def test_excluded_positions_that_do_not_ascend_are_damaged(tmp_path: Path, excluded: list[int]) -> None:
+    with ShardWriter.open(tmp_path / "a.bin", shape_of(n_firings=0, n_excluded=2)) as writer:
+        writer.append(np.array([0, 0]), np.zeros(0, int), np.zeros(0, np.uint16))
+        writer.finish(np.array(excluded, np.uint64))
+    with pytest.raises(CorruptError, match="do not ascend"):
+        open_shard(tmp_path / "a.bin")
+
+
+def test_a_position_outside_the_rows_is_found_when_read(tmp_path: Path) -> None:
+    with ShardWriter.open(tmp_path / "a.bin", shape_of(n_firings=2)) as writer:
+        writer.append(np.array([1, 1]), np.array([0, 4]), np.array([1, 1], np.uint16))
+        writer.finish(np.zeros(0, np.uint64))
+    shard = open_shard(tmp_path / "a.bin")
+    assert shard.piece(0, 1)[1].tolist() == [0]
+    with pytest.raises(CorruptError, match=r"a\.bin holds a position outside"):
+        shard.piece(0, 2)
+    with pytest.raises(CorruptError, match=r"a\.bin holds a position outside"):
+        shard.part(1, 0, 1)
+
+
+def test_offsets_take_eight_bytes_where_four_are_too_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = shape_of(n_rows=1 << 20, row_length=1 << 20, n_latents=1 << 20, n_firings=1 << 32)
+    assert large.types[0] == "<u8"
+    assert large.sizes[0] == 8 * (large.n_latents * large.blocks + 1)
+    assert dataclasses.replace(large, n_firings=(1 << 32) - 1).types[0] == "<u4"
+    small = entry(build(some(1)), tmp_path / "small.bin")
+    monkeypatch.setattr(shards, "WIDE_OFFSETS", small.n_firings)
+    wide = open_shard(tmp_path / entry(build(some(1)), tmp_path / "wide.bin").file)
+    assert wide.offsets.dtype == np.uint64
+    monkeypatch.undo()
+    narrow = open_shard(tmp_path / "small.bin")
+    assert narrow.offsets.dtype == np.uint32
+    assert wide.offsets.tolist() == narrow.offsets.tolist()
+    for mine, other in zip(wide.piece(1, 6), narrow.piece(1, 6), strict=True):
+        assert mine.tolist() == other.tolist()
 
 
 def test_what_a_coder_must_not_say_is_refused() -> None:
@@ -189,6 +334,43 @@ def test_positions_beyond_sixteen_bits_and_ranges_of_latents(
     assert found.tolist() == [int((latents == latent).sum()) for latent in range(start, stop)]
     assert positions.tolist() == [p for latent in range(start, stop) for p in at[latents == latent].tolist()]
     assert values.tolist() == [c for latent in range(start, stop) for c in codes[latents == latent].tolist()]
+    assert shard.count(start) == int((latents == start).sum())
+    for begin, end in ((-5, 7), (3, 11), (2, 2), (30, 10_000)):
+        n, positions, values = shard.part(start, begin, end)
+        assert positions.tolist() == at[latents == start][max(begin, 0) : end].tolist()
+        assert values.tolist() == codes[latents == start][max(begin, 0) : end].tolist()
+        assert n.tolist() == [len(values)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), cuts=st.sets(st.integers(0, 300)))
+def test_latents_appended_in_parts_give_the_same_file(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, cuts: set[int]
+) -> None:
+    rng = np.random.default_rng(seed)
+    folder = tmp_path_factory.mktemp("parts")
+    at = np.sort(rng.choice(4 * 200_000, 300, replace=False))
+    latents = np.sort(rng.integers(0, 4, 300))
+    places, codes = at % 200_000, rng.integers(0, 1 << 16, 300).astype(np.uint16)
+    order = np.lexsort((places, latents))
+    latents, places = latents[order], places[order]
+    repeated = (np.diff(places) == 0) & (np.diff(latents) == 0)
+    keep = np.concatenate([[True], ~repeated])
+    latents, places, codes = latents[keep], places[keep], codes[keep]
+    shape = shape_of(n_rows=2, row_length=100_000, n_latents=4, n_firings=len(places))
+    for bits in (16, 32):
+        for name in ("whole", "parts"):
+            with ShardWriter.open(folder / name, dataclasses.replace(shape, bits=bits)) as writer:
+                if name == "whole":
+                    writer.append(np.bincount(latents, minlength=4), places, codes)
+                for latent in range(4 if name == "parts" else 0):
+                    mine = np.flatnonzero(latents == latent)
+                    pieces = np.split(mine, sorted(cut for cut in cuts if cut < len(mine)))
+                    for i, piece in enumerate(pieces):
+                        more = i < len(pieces) - 1
+                        writer.append(np.array([len(piece)]), places[piece], codes[piece], more=more)
+                writer.finish(np.zeros(0, np.uint64))
+        assert (folder / "whole").read_bytes() == (folder / "parts").read_bytes()
 
 
 def test_a_firing_costs_little_over_four_bytes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from exegete.demo.stdlib import source_files
 from exegete.errors import InputError, NotFoundError
+from exegete.store import source_files as reading_files
 from exegete.store.sources import TextDocument, text_documents
 
 
@@ -101,3 +103,45 @@ def test_the_standard_library_without_tests_and_tables(folder: Path) -> None:
     assert {d.split for d in found} == {"train", "test"}
     left = [k for k, side in sides.items() if side != "excluded" and k not in kept]
     assert all("test" in key for key in left)
+
+
+def test_mixing_takes_the_size_of_a_document_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "long.txt").write_text("x" * 5000, encoding="utf-8")
+    (tmp_path / "short.jsonl").write_text('{"text": "tweet"}\n' * 50, encoding="utf-8")
+    taken: list[str] = []
+    plain = TextDocument.size.fget  # type: ignore[attr-defined]
+
+    def size(self: TextDocument) -> int:
+        taken.append(self.key)
+        return int(plain(self))
+
+    monkeypatch.setattr(TextDocument, "size", property(size))
+    found = [d.key for d in text_documents([f"1*{tmp_path / 'long.txt'}", f"1*{tmp_path / 'short.jsonl'}"])]
+    assert len(found) == 51
+    assert sorted(taken) == sorted(found)
+
+
+def test_a_document_too_large_for_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_files, "_DOCUMENT_BYTES", 30)
+    monkeypatch.setattr(reading_files, "_BUFFER", 7)
+    limit, over = "é" * 15, "é" * 15 + "."
+    (tmp_path / "a.txt").write_text(limit, encoding="utf-8")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(limit.encode()))
+    line = '{"text": "0123456789abcdefgh"}'
+    assert len(line) == 30
+    (tmp_path / "c.jsonl").write_text(f"{line}\n{line[:-2]}{chr(34)}}}", encoding="utf-8")
+    with pytest.raises(InputError, match=r"c\.jsonl:1 is one document of more than 30 bytes"):  # with its line break
+        texts(tmp_path)
+    (tmp_path / "c.jsonl").write_text(line, encoding="utf-8")
+    assert texts(tmp_path) == [limit, limit, "0123456789abcdefgh"]
+    words = "is one document of more than 30 bytes, .* cut it into several files, or into the lines of a .jsonl file"
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(over.encode()))
+    with pytest.raises(InputError, match=rf"b\.txt\.gz {words}"):
+        texts(tmp_path)
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' + b'{"text": "' + b"0" * 10_000))
+    with pytest.raises(InputError, match=r"d\.jsonl\.gz:2 is one document"):
+        texts(tmp_path / "d.jsonl.gz")
+    (tmp_path / "z.txt").write_text(over, encoding="utf-8")
+    documents = text_documents([str(tmp_path / "a.txt"), str(tmp_path / "z.txt")])
+    with pytest.raises(InputError, match=rf"z\.txt {words}"):  # before anything is read
+        next(documents)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,11 +16,13 @@ from hypothesis import strategies as st
 
 from exegete.config import CorpusConfig
 from exegete.errors import CorruptError, InputError, MismatchError, NotFoundError
+from exegete.files import hash_file
 from exegete.store import store as module
+from exegete.store.checks import write_manifest
 from exegete.store.corpus import Corpus, TextDocument, build_corpus
 from exegete.store.manifest import ShardEntry, StoreManifest, load_manifest, save_manifest
 from exegete.store.shards import ShardBuilder
-from exegete.store.stats import latent_stats, save_summary, summarise
+from exegete.store.stats import joined, latent_stats, load_counts, load_summary, save_summary, summarise, tally
 from exegete.store.store import Store
 from exegete.store.values import ENCODING, decode_values, encode_values
 from exegete.tokens import TokenTable
@@ -89,6 +92,7 @@ def save(folder: Path, corpus: Corpus, dense: Array, cuts: tuple[int, ...], *, c
         subject_hash="s",
         tokenizer_hash="t",
         coder_hash="c",
+        coder_dtype="float32",
         coder="topk",
         corpus_hash=corpus.hash,
         corpus="../corpus",
@@ -119,7 +123,7 @@ def save(folder: Path, corpus: Corpus, dense: Array, cuts: tuple[int, ...], *, c
 def test_every_latent_equals_the_dense_oracle(
     corpus: Corpus, cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BLOCK", 20)
+    monkeypatch.setattr(module, "_RUN", 20)
     dense = some(corpus)
     store = save(corpus.folder.parent / f"cut{len(cuts)}", corpus, dense, cuts)
     assert store.corpus.hash == corpus.hash
@@ -153,7 +157,7 @@ def test_cuts_and_blocks_do_not_change_the_content_hash(
     whole = save(folder / "whole", corpus, dense, ())
     cut = save(folder / "cut", corpus, dense, tuple(sorted(cuts)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_BLOCK", block)
+        patch.setattr(module, "_RUN", block)
         cut, whole = (Store.open(store.folder, corpus) for store in (cut, whole))
         assert cut.content_hash() == whole.manifest.content_hash == cut.manifest.content_hash
         summary = cut.scan()[0]
@@ -295,6 +299,177 @@ def test_manifests_round_trip_and_hostile_ones_are_refused(corpus: Corpus, tmp_p
         StoreManifest.from_json({**data, "shards": [data["shards"][0], data["shards"][2]]})
     with pytest.raises(InputError, match="cannot be used"):
         StoreManifest.from_json({**data, "shards": [{**data["shards"][0], "file": "../../etc/passwd"}]})
+
+
+WRONG: list[Any] = [-1, 1 << 63, 10**40, 1.5, None, "3", [], {}, True]
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(StoreManifest)])
+def test_manifests_with_other_types_are_damaged(corpus: Corpus, tmp_path: Path, name: str) -> None:
+    data = save(tmp_path, corpus, some(corpus), (2,)).manifest.to_json()
+    right: dict[str, list[Any]] = {"shards": [[]], "warnings": [[]], "k": [None], "skip_transposed": [None, True]}
+    right |= {"norm_limit": [None, -1, 1 << 63, 10**40, 1.5], "compiled": [True], "complete": [True]}
+    right |= {"quality": [{}], "versions": [{}], "mask_policy": [{}]}
+    if isinstance(data[name], str) and name != "side":
+        right[name] = ["3"]
+    for value in WRONG:
+        if any(value == fine and type(value) is type(fine) for fine in right.get(name, [])):
+            continue
+        with pytest.raises(CorruptError, match=r"manifest does not parse|cannot be so|do not fit together"):
+            StoreManifest.from_json({**data, name: value})
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ShardEntry)])
+def test_manifests_with_other_entries_are_damaged(corpus: Corpus, tmp_path: Path, name: str) -> None:
+    data = save(tmp_path, corpus, some(corpus), (2,)).manifest.to_json()
+    first = data["shards"][0]
+    for value in WRONG:
+        if name in ("sha256", "file") and isinstance(value, str):
+            continue
+        with pytest.raises((CorruptError, InputError)):
+            StoreManifest.from_json({**data, "shards": [{**first, name: value}, data["shards"][1]]})
+    hostile: list[Any] = [5, [5], [[]], None, "ab", {"a": 1}, [{}]]
+    for shards in hostile:
+        with pytest.raises(CorruptError):
+            StoreManifest.from_json({**data, "shards": shards})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 200_000, '{"a":' * 100_000, '{"checksum": NaN}', '{"a": NaN}', '{"a": Infinity}', "5", "", "9" * 9000],
+)
+def test_hostile_manifests_are_damaged(corpus: Corpus, tmp_path: Path, text: str) -> None:
+    save(tmp_path, corpus, some(corpus), (2,))
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(CorruptError, match=r"manifest\.json"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("number", [None, "3", [1], 1.0, True])
+def test_a_format_that_is_no_number_is_damage(corpus: Corpus, tmp_path: Path, number: Any) -> None:
+    data = save(tmp_path, corpus, some(corpus), (2,)).manifest.to_json()
+    write_manifest(tmp_path / "manifest.json", {**data, "shards": [], "format": number})
+    with pytest.raises(CorruptError, match=r"manifest\.json does not parse"):
+        load_manifest(tmp_path)
+
+
+def test_every_flipped_byte_of_a_summary_is_found(corpus: Corpus, tmp_path: Path) -> None:
+    store = save(tmp_path, corpus, some(corpus), ())
+    path = tmp_path / "summary.npz"
+    sha256 = hash_file(path)
+    whole = path.read_bytes()
+    counts = store.counts.tolist()
+    for at in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0x11
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptError, match=r"summary\.npz"):
+            load_summary(tmp_path, sha256, WIDTH)
+        for load in (load_summary, load_counts) if at % 9 == 0 else ():
+            with contextlib.suppress(CorruptError):  # without a checksum, names and dates in the archive may differ
+                load(tmp_path, "", WIDTH)
+    path.write_bytes(whole)
+    assert load_counts(tmp_path, sha256, WIDTH).tolist() == counts
+    with pytest.raises(CorruptError, match="too large"):
+        load_counts(tmp_path, "", -64)
+    with pytest.raises(CorruptError, match="not that of this store"):
+        load_summary(tmp_path, "", WIDTH + 1)
+
+
+def test_the_checksum_of_the_summary_stands_in_the_manifest(corpus: Corpus, tmp_path: Path) -> None:
+    other = save(tmp_path / "b", corpus, some(corpus, 1), ())
+    store = save(tmp_path / "a", corpus, some(corpus), ())
+    sha256 = save_summary(tmp_path / "a", store.summary)
+    assert sha256 == hash_file(tmp_path / "a" / "summary.npz") == save_summary(tmp_path / "a", store.summary)
+    manifest = dataclasses.replace(store.manifest, summary_sha256=sha256)
+    save_manifest(tmp_path / "a", manifest)
+    assert Store.open(tmp_path / "a").summary.counts.tolist() == store.counts.tolist()
+    save_summary(tmp_path / "a", dataclasses.replace(store.summary, totals=other.summary.totals))
+    for read in (lambda: Store.open(tmp_path / "a").summary, lambda: Store.open(tmp_path / "a").counts):
+        with pytest.raises(CorruptError, match=r"summary\.npz is damaged: its checksum"):
+            read()
+
+
+def test_counts_read_nothing_but_the_counts(corpus: Corpus, tmp_path: Path) -> None:
+    store = save(tmp_path, corpus, some(corpus), ())
+    counts = store.counts.tolist()
+    with np.load(tmp_path / "summary.npz") as data:
+        np.savez(tmp_path / "summary.npz", counts=data["counts"])
+    assert Store.open(tmp_path).counts.tolist() == counts
+    with pytest.raises(CorruptError, match="damaged"):
+        _ = Store.open(tmp_path).summary
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"first": np.array(["x"] * WIDTH)},
+        {"last": np.full(WIDTH, np.nan)},
+        {"maxima": np.zeros(WIDTH, bool)},
+        {"totals": np.zeros((WIDTH, 1))},
+        {"histogram": np.zeros(WIDTH, int)},
+        {"top_counts": np.zeros((WIDTH, 3), int)},
+        {"lowest": np.array([1, 2])},
+        {"lowest": np.array(5000)},
+        {"lowest": np.array(0.5)},
+    ],
+)
+def test_summaries_of_other_shapes_or_types_are_refused(
+    corpus: Corpus, tmp_path: Path, other: dict[str, Array]
+) -> None:
+    save(tmp_path, corpus, some(corpus), ())
+    with np.load(tmp_path / "summary.npz") as data:
+        np.savez(tmp_path / "summary.npz", **{**data, **other})
+    with pytest.raises(CorruptError, match="not that of this store"):
+        load_summary(tmp_path, "", WIDTH)
+
+
+def test_tallies_add_up_however_large_the_tokens() -> None:
+    codes = encode_values(np.array([1.0, 1.5, 4.0, 0.5, 0.25], np.float32))
+    tokens, ends = np.array([7, (1 << 32) - 1, 7, 9, 3]), np.array([1, 0, 2, 3, 0], np.uint8)
+    both = tally(codes[:2], tokens[:2], ends[:2]).plus(tally(codes[2:], tokens[2:], ends[2:])).summary()
+    whole = summarise(np.array([0, 5]), codes, tokens, ends)
+    for field in dataclasses.fields(whole):
+        assert np.array_equal(getattr(both, field.name), getattr(whole, field.name)), field.name
+    assert whole.top_tokens.tolist()[0][:5] == [7, 3, 9, (1 << 32) - 1, -1]
+
+
+def test_wide_parts_of_a_summary_are_kept_in_narrow_types(corpus: Corpus, tmp_path: Path) -> None:
+    store = save(tmp_path, corpus, some(corpus), ())
+    for summary in (store.summary, Store.open(tmp_path, corpus).scan()[0]):
+        assert {getattr(summary, name).dtype for name in ("histogram", "top_tokens", "top_counts")} == {np.dtype("i1")}
+        assert {getattr(summary, name).dtype for name in ("counts", "distinct", "first")} == {np.dtype("i8")}
+    large = np.array([[5_000_000_000, 1]])
+    parts = [dataclasses.replace(store.summary, histogram=np.tile(large, (WIDTH, 1)), lowest=3), store.summary]
+    assert joined(parts).histogram.max() == 5_000_000_000
+    save_summary(tmp_path, parts[0])
+    assert load_summary(tmp_path, "", WIDTH).histogram.tolist() == [[5_000_000_000, 1]] * WIDTH
+
+
+def test_rows_by_negative_numbers_and_by_what_is_no_number(corpus: Corpus, tmp_path: Path) -> None:
+    store = Store(tmp_path, save(tmp_path, corpus, some(corpus), ()).manifest, corpus)
+    column = int(np.flatnonzero(corpus.rows([-1]).mask[0])[0])
+    store.excluded = np.array([(len(corpus) - 1) * LENGTH + column])
+    for rows in (store.rows([-1]), store.rows(np.array([-1], np.int8)), store.rows(slice(-1, None))):
+        assert not rows.mask[0, column]
+        assert rows.mask.sum() == corpus.rows([-1]).mask.sum() - 1
+        assert rows.tokens.tolist() == corpus.rows([len(corpus) - 1]).tokens.tolist()
+    assert store.rows([0, -len(corpus)]).mask.tolist() == corpus.rows([0, 0]).mask.tolist()
+    assert len(store.rows([])) == 0
+    wrong: list[Any] = [np.ones(len(corpus), bool), [True, False], [0.5], ["a"], np.zeros((1, 1), int)]
+    for index in wrong:
+        with pytest.raises(InputError, match="whole numbers"):
+            store.rows(index)
+    for number in (len(corpus), -len(corpus) - 1):
+        with pytest.raises(InputError, match="rows lie in"):
+            store.rows([number])
+
+
+def test_a_store_of_more_rows_than_its_corpus_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    manifest = save(tmp_path, corpus, some(corpus), ()).manifest
+    shards = (dataclasses.replace(manifest.shards[0], row_stop=len(corpus) + 1),)
+    with pytest.raises(MismatchError, match="not those of its corpus"):
+        Store(tmp_path, dataclasses.replace(manifest, shards=shards), corpus)
 
 
 def test_reading_needs_neither_torch_nor_transformers_nor_scipy(corpus: Corpus) -> None:

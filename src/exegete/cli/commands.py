@@ -71,7 +71,7 @@ def _collect(options: argparse.Namespace) -> int:
         store = made.store(name)
         firing = int((store.counts > 0).sum())
         quality = store.manifest.quality
-        note = f", FVU {quality['fvu']:.3f}, L0 {quality['l0']:.1f}" if quality else ""
+        note = "".join(f", {what.upper()} {quality[what]:.3g}" for what in ("fvu", "l0") if what in quality)
         _say(f"{name}: {int(store.counts.sum()):,} firings of {firing:,} of {store.width:,} latents{note}")
     _say(f"next: exegete explain {options.out}")
     return 0
@@ -91,8 +91,9 @@ def _score(options: argparse.Namespace) -> int:
     pipeline, client = _open(options)
     with pipeline:
         pipeline.score(client)
-    _say(f"{len(pipeline.run.table('scores')['value'])} scores")
-    _say(f"next: exegete report {options.run}")
+    n_scores = len(pipeline.run.table("scores")["value"])
+    _say(f"{n_scores} scores" if n_scores else "no scores: nothing is explained yet")
+    _say(f"next: exegete {'report' if n_scores else 'explain'} {options.run}")
     return 0
 
 
@@ -119,6 +120,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _compact(options: argparse.Namespace) -> int:
     from exegete.errors import unknown
+    from exegete.files import RunLock
     from exegete.runs import open_run
     from exegete.store.compaction import compact
 
@@ -137,7 +139,8 @@ def _compact(options: argparse.Namespace) -> int:
             progress.advance(latents - done)
             done = latents
 
-        after = compact(made.store_folder / name, progress=advance)
+        with RunLock(made.folder):
+            after = compact(made.store_folder / name, progress=advance)
         progress.end()
         state = f"{len(before.shards)} → {len(after.shards)} files" if after != before else "nothing to do"
         _say(f"{name}: {state if after.complete else 'not complete; left as it is'}")

@@ -23,6 +23,7 @@ _FLAGS = {
     "latents.indices": "latent-indices",
     "llm.timeout": "llm-timeout",
 }
+_ALSO = {"nulls": ("--null",)}  # other spellings
 _HIDDEN = {"subject", "coder"}  # positionals of ``run`` and ``collect``
 
 _EPILOG = """\
@@ -105,7 +106,9 @@ def build_parser() -> Parser:
         "what",
         nargs="+",
         metavar="CONFIG.yaml | MODEL CODER",
-        help="a configuration file, or a model and one or more coders (hub ids or folders)",
+        help="a configuration file, or a model and one or more coders: a folder or hub id with an optional :SUB, "
+        "saelens:RELEASE:ID, or made for the model at --hookpoints: neurons[:k=N], pca:components=N, directions:FILE, "
+        "random:ARCHITECTURE,width=N; NAME= before one names it",
     )
     run.add_argument("--out", type=Path, required=True, help="run folder")
     _add_settings(run)
@@ -160,6 +163,7 @@ def _add_settings(
             note = "" if shown in (None, "", ()) else f" (default: {_show(shown)})"
             parser.add_argument(
                 f"--{flag}",
+                *_ALSO.get(name, ()),
                 dest=name.replace(".", "__"),
                 default=argparse.SUPPRESS,
                 help=(text + note).replace("%", "%%"),
@@ -175,7 +179,8 @@ def _argument(hint: Any) -> dict[str, Any]:
     if origin is Literal:
         return {"choices": typing.get_args(hint)}
     if origin is tuple:
-        return {**_argument(typing.get_args(hint)[0]), "nargs": "+"}
+        # Given twice, an option adds to the list: --text a --text b is --text a b.
+        return {**_argument(typing.get_args(hint)[0]), "nargs": "+", "action": "extend"}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     names = {int: "N", float: "X", str: "TEXT"}

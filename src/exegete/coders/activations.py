@@ -74,7 +74,7 @@ class TopK(Activation):
 
     def sparse(self, pre: torch.Tensor) -> Part:
         """Return the k largest, strongest first; zeros fill up where fewer are positive."""
-        return kernels.largest(pre.relu_(), self.count)
+        return kernels.positive(kernels.largest(pre, self.count))
 
 
 @final
@@ -104,7 +104,7 @@ class GroupMax(Activation):
 
     def sparse(self, pre: torch.Tensor) -> Part:
         """Return the largest of each group, zero where none is positive."""
-        return kernels.largest_of_groups(pre.relu_(), self.count)
+        return kernels.positive(kernels.largest_of_groups(pre, self.count))
 
 
 @final

@@ -19,6 +19,7 @@ ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "relu", "gated")
 """What ``untrained_coder`` makes."""
 _JUMP = 0.001
 _CHUNK_ELEMENTS = 1 << 24
+_DRAWN_ELEMENTS = 1 << 20
 
 
 def random_coder(like: SparseCoder, seed: int, k: int | None = None, *, name: str | None = None) -> LinearCoder:
@@ -181,7 +182,15 @@ def threshold_for(encoder: torch.Tensor, sample: torch.Tensor | None, l0: float,
 
 
 def _directions(draw: np.random.Generator, n: int, size: int) -> torch.Tensor:
-    """Return rows [n, size] uniform on the unit sphere."""
-    rows = draw.standard_normal((n, size))
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return torch.from_numpy(rows.astype(np.float32))
+    """Return rows [n, size] uniform on the unit sphere, float32.
+
+    Drawn and normed in float64 a few rows at a time, which gives the same numbers as all at once: a wide coder's rows
+    take gigabytes in float32 already.
+    """
+    found = np.empty((n, size), np.float32)
+    step = max(1, _DRAWN_ELEMENTS // size)
+    for start in range(0, n, step):
+        rows = draw.standard_normal((min(step, n - start), size))
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        found[start : start + step] = rows
+    return torch.from_numpy(found)

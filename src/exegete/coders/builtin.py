@@ -142,6 +142,7 @@ def build_builtin(
     seed: int,
     *,
     by_document: bool = False,
+    sink_norm: float = 10.0,
 ) -> dict[str, SparseCoder]:
     """Return one coder per hookpoint by name: the hookpoint's canonical name, ``-`` and the kind.
 
@@ -152,6 +153,7 @@ def build_builtin(
         sample: Returns rows of text, of which ``spec.tokens`` counted positions are read; called only where some are.
         seed: Of random coders.
         by_document: Let each token of the sample see its own document only.
+        sink_norm: Positions of the sample beyond this many times the median norm do not count; 0 lets all count.
 
     Raises:
         InputError: When no hookpoint is given or known, or two coders would have one name; as the makers of each kind.
@@ -162,7 +164,7 @@ def build_builtin(
     rows = sample() if spec.tokens else None
     made: dict[str, SparseCoder] = {}
     for place in places:
-        coder = _MAKERS[spec.kind](_Order(spec, subject, place[0], place[1], rows, seed, by_document))
+        coder = _MAKERS[spec.kind](_Order(spec, subject, place[0], place[1], rows, seed, by_document, sink_norm))
         if coder.name in made:
             raise InputError(f"two coders would be called {coder.name!r}; make them one by one, as NAME=SPEC")
         made[coder.name] = coder
@@ -179,6 +181,7 @@ class _Order(NamedTuple):
     rows: Rows | None
     seed: int
     by_document: bool
+    sink_norm: float
 
     @property
     def point(self) -> Point:
@@ -225,6 +228,7 @@ def _pca(order: _Order) -> SparseCoder:
         side=side,
         most=order.spec.tokens,
         by_document=order.by_document,
+        sink_norm=order.sink_norm,
         name=order.name,
         **options,
     )
@@ -240,7 +244,12 @@ def _random(order: _Order) -> SparseCoder:
     sample = None
     if order.rows is not None:
         parts = activations(
-            order.subject, order.point, order.rows, most=order.spec.tokens, by_document=order.by_document
+            order.subject,
+            order.point,
+            order.rows,
+            most=order.spec.tokens,
+            by_document=order.by_document,
+            sink_norm=order.sink_norm,
         )
         sample = torch.cat([torch.zeros((0, order.subject.d(*order.point))), *(part.cpu() for part in parts)])
     return untrained_coder(

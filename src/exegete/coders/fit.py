@@ -65,7 +65,7 @@ def _check_base(coder: SparseCoder, subject: Subject) -> None:
         return
     raise MismatchError(
         f"coder {coder.name!r} was trained on {base}, the subject is {subject.name}; give that model, or allow "
-        "another one (a fine-tune of it, say) with collect.other_model (--collect.other-model)"
+        "another one (a fine-tune of it, say) with collect.other_model (--other-model)"
     )
 
 

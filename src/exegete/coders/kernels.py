@@ -14,6 +14,8 @@ import torch
 
 _BLOCK = 32
 _WIDE = 8192
+_CUDA_ELEMENTS = 1 << 28
+_CPU_ROWS, _CPU_LEAST, _CPU_MOST = 512, 1 << 20, 1 << 26
 
 
 class Part(NamedTuple):
@@ -27,8 +29,9 @@ class Part(NamedTuple):
 def largest(pre: torch.Tensor, k: int) -> Part:
     """Return the k largest of every row, strongest first.
 
-    Wide rows are cut into blocks: the k blocks with the largest maxima hold the k largest values, so that only those
-    blocks are sorted.
+    Wide rows on a CPU are cut into blocks: the k blocks with the largest maxima hold the k largest values, so that only
+    those blocks are sorted. On a GPU the library's own ``topk`` is taken at any width: it selects by radix, in a few
+    passes over the row whatever k is, and finding the maxima and gathering their blocks would be passes more.
     """
     n, width = pre.shape
     blocks, rest = divmod(width, _BLOCK)
@@ -48,6 +51,11 @@ def largest_of_groups(pre: torch.Tensor, k: int) -> Part:
     best = pre.view(-1, k, size).max(dim=-1)
     starts = torch.arange(0, pre.shape[1], size, device=pre.device)
     return Part(best.indices + starts, best.values)
+
+
+def positive(part: Part) -> Part:
+    """Return the part with 0 for values that are not positive: a ReLU after selecting is one before it, and cheaper."""
+    return part._replace(values=part.values.clamp_min(0))
 
 
 def where(keep: torch.Tensor, values: torch.Tensor) -> Part:
@@ -78,6 +86,28 @@ def finite(values: torch.Tensor) -> bool:
     A sum is finite only when every term is; where it overflows, a second look decides.
     """
     return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
+
+
+def rows_at_once(width: int, device: torch.device) -> int:
+    """Return how many inputs of a ``width`` to treat at a time, at least 1.
+
+    On a CPU 512, so that what the product leaves is still in the cache when the largest are looked for; more where a
+    coder is narrow, fewer where their dense array would have over 2^26 elements. On a CUDA device as many as make 2^28
+    (2,048 inputs to 131,072 latents: 1 GiB in float32), since a GPU is idle for most of a small product.
+    """
+    if device.type == "cuda":
+        return max(1, _CUDA_ELEMENTS // width)
+    return max(1, min(max(_CPU_ROWS, _CPU_LEAST // width), _CPU_MOST // width))
+
+
+def has_float64(device: torch.device) -> bool:
+    """Tell whether a device computes in float64, which Apple's GPUs (MPS) do not."""
+    return device.type != "mps"
+
+
+def in_float64(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float64, on its own device or, where that has no float64, on the CPU."""
+    return (x if has_float64(x.device) else x.cpu()).double()
 
 
 def joined(parts: list[Part]) -> Part:

@@ -22,7 +22,6 @@ InputNorm = Literal["none", "layer_norm", "constant_norm", "rms_norm"]
 """What is done to each input before encoding, and undone after decoding: nothing; subtract its mean and divide by its
 standard deviation (unbiased, + 1e-5); scale it to length √d_in. ``rms_norm`` divides by √(mean square +
 ``norm_epsilon``) and is not undone: the model's own norm, without its gain, of what a transcoder reads."""
-_CHUNK_ELEMENTS = 1 << 24
 _EPSILON = 1e-5
 
 
@@ -160,7 +159,8 @@ class LinearCoder(SparseCoder):
         """
         self._require_input(x)
         x = x.to(self.device, self.dtype)
-        parts = [self._encode(part) for part in torch.split(x, max(1, _CHUNK_ELEMENTS // self.width))]
+        rows = kernels.rows_at_once(self.width, self.device)
+        parts = [self._encode(part) for part in torch.split(x, rows)]
         found = kernels.joined(parts)
         if not kernels.finite(found.values):
             raise InputError(f"coder {self.name!r} at {self.hookpoint!r} overflows {self.dtype}; load it in float32")

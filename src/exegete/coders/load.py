@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, NoReturn, final
 
+from exegete.coders.builtin import BUILTINS
 from exegete.coders.coder import SparseCoder
 from exegete.coders.formats import formats, saelens_table
 from exegete.coders.formats.format import CoderFormat, CoderInfo, Place, parent
@@ -46,6 +47,11 @@ class CoderSpec:
         if rest.startswith(saelens_table.PREFIX):
             release, sae_id = saelens_table.split(rest)
             return cls(name=name, where=saelens_table.PREFIX + release, sub=sae_id)
+        kind = rest.partition(":")[0]
+        if kind in BUILTINS and not _exists(kind):
+            raise InputError(
+                f"{text!r} is made for a subject, not read from files; give it to exegete collect with hookpoints"
+            )
         sub = ""
         if ":" in rest and not _exists(rest):
             rest, _, sub = rest.rpartition(":")

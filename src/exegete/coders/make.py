@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from exegete.coders.builtin import BuiltinSpec, build_builtin, parse_builtin
 from exegete.coders.coder import SparseCoder
 from exegete.coders.fit import fit_coder
@@ -30,6 +32,8 @@ def make_coders(
     seed: int = 0,
     other_model: bool = False,
     by_document: bool = False,
+    sink_norm: float = 10.0,
+    dtype: str = "float32",
 ) -> dict[str, SparseCoder]:
     """Return the coders of several specs by name, reading at the subject's own hookpoints.
 
@@ -42,6 +46,8 @@ def make_coders(
         seed: Of random coders.
         other_model: Allow coders whose files name another base model.
         by_document: Whether a packed document sees itself alone.
+        sink_norm: Multiple of the median norm beyond which a position is not used for fitting; 0 for none.
+        dtype: Data type to compute in: float32, bfloat16 or float16.
 
     Raises:
         InputError: When a spec is not understood, nothing is where it says, or two coders would have one name;
@@ -61,12 +67,20 @@ def make_coders(
         _put(made, name, load_planned(found, name, hookpoint), parsed.where)
     for given, builtin in builtins:
         built = build_builtin(
-            builtin, subject, hookpoints, partial(sample, builtin.tokens), seed, by_document=by_document
+            builtin,
+            subject,
+            hookpoints,
+            partial(sample, builtin.tokens),
+            seed,
+            by_document=by_document,
+            sink_norm=sink_norm,
         )
         for own, coder in built.items():
             name = own if given is None else given if len(built) == 1 else safe_name(f"{given}-{coder.hookpoint}")
             _put(made, name, coder.placed(name=name), builtin.kind)
-    return {name: fit_coder(coder, subject, other_model=other_model) for name, coder in made.items()}
+    kind = getattr(torch, dtype)
+    fitted = {name: fit_coder(coder, subject, other_model=other_model) for name, coder in made.items()}
+    return {name: coder.to(coder.device, kind) for name, coder in fitted.items()}
 
 
 def _put(made: dict[str, SparseCoder], name: str, coder: SparseCoder, where: str) -> None:

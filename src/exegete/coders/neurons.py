@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Signs = Literal["positive", "both"]
 """Which directions count: each as given, or each and its opposite."""
-_CHUNK_ELEMENTS = 1 << 24
 
 
 @final
@@ -137,7 +136,8 @@ class NeuronCoder(SparseCoder):
         """
         self._require_input(x)
         x = x.to(self.device, self.dtype)
-        found = kernels.joined([self._encode(part) for part in torch.split(x, max(1, _CHUNK_ELEMENTS // self.d_in))])
+        rows = kernels.rows_at_once(self.d_in, self.device)
+        found = kernels.joined([self._encode(part) for part in torch.split(x, rows)])
         if not kernels.finite(found.values):
             raise InputError(f"coder {self.name!r} at {self.hookpoint!r} overflows {self.dtype}; use float32")
         offsets = None

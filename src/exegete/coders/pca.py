@@ -8,6 +8,7 @@ import torch
 
 from exegete.coders.activations import Activation, ReLU, TopK
 from exegete.coders.coder import Point
+from exegete.coders.kernels import in_float64
 from exegete.coders.linear import LinearCoder
 from exegete.coders.neurons import Signs
 from exegete.coders.reading import activations
@@ -32,6 +33,7 @@ def pca_coder(
     side: Side = "output",
     most: int | None = None,
     by_document: bool = False,
+    sink_norm: float = 10.0,
     name: str | None = None,
 ) -> LinearCoder:
     """Return the principal components of a hookpoint's activations as a coder on the subject's device.
@@ -50,6 +52,8 @@ def pca_coder(
         side: The side of spellings that do not fix one.
         most: Use no more positions than these, None for all.
         by_document: Let each token see its own document only.
+        sink_norm: Leave out positions longer than this many times the median norm (attention sinks, any one of which
+            could turn the first component towards itself), as ``activations`` says; 0 for none.
         name: What to call it, by default the hookpoint's canonical name and ``-pca``.
 
     Raises:
@@ -62,7 +66,7 @@ def pca_coder(
     if signs not in ("positive", "both"):
         raise InputError(f"PCA has the signs {signs!r}; allowed: positive, both")
     mean, rows = principal_components(
-        activations(subject, point, tokens, most=most, by_document=by_document), components
+        activations(subject, point, tokens, most=most, by_document=by_document, sink_norm=sink_norm), components
     )
     if signs == "both":
         rows = torch.cat([rows, -rows])
@@ -85,18 +89,19 @@ def principal_components(batches: Iterable[torch.Tensor], components: int) -> tu
     """Return the mean [d] and the components [components, d] of all rows of the batches [n, d], float64 on the CPU.
 
     Exact: mean and scatter matrix are added up batch by batch in float64 (Chan, Golub and LeVeque 1979), so that memory
-    does not grow with the number of rows. Raises InputError for more components than d or the rows allow.
+    does not grow with the number of rows; on the device of the batches where it has float64. Raises InputError for more
+    components than d or the rows allow.
     """
     count = 0
     mean = scatter = torch.zeros(0)
     for batch in batches:
         if len(batch) == 0:
             continue
-        x = batch.double().cpu()
+        x = in_float64(batch)
         own = x.mean(dim=0)
         centred = x - own
         if count == 0:
-            mean, scatter = torch.zeros_like(own), torch.zeros((len(own), len(own)), dtype=torch.float64)
+            mean, scatter = torch.zeros_like(own), own.new_zeros((len(own), len(own)))
         shift, total = own - mean, count + len(x)
         scatter += centred.T @ centred + torch.outer(shift, shift) * (count * len(x) / total)
         mean = mean + shift * (len(x) / total)
@@ -107,6 +112,6 @@ def principal_components(batches: Iterable[torch.Tensor], components: int) -> tu
             f"{count} activations of {len(mean)} dimensions have at most {max(most, 0)} principal components, "
             f"{components} were asked for"
         )
-    rows = torch.linalg.eigh(scatter).eigenvectors.T.flip(0)[:components]
+    rows = torch.linalg.eigh(scatter.cpu()).eigenvectors.T.flip(0)[:components]
     largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
-    return mean, rows * torch.where(largest < 0, -1.0, 1.0)
+    return mean.cpu(), rows * torch.where(largest < 0, -1.0, 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from exegete.coders.coder import SparseCoder
+from exegete.coders.kernels import in_float64
 from exegete.errors import InputError, MismatchError
 
 
@@ -30,7 +31,7 @@ def fvu_and_l0(coder: SparseCoder, x: torch.Tensor, target: torch.Tensor | None 
             raise InputError(f"coder {coder.name!r} predicts the {side} of {where!r}; give it as target")
         target = x
     code = coder.encode(x)
-    y = coder.decode(code, x).double()
+    y = in_float64(coder.decode(code, x))
     if y.shape != target.shape:
         raise MismatchError(f"coder {coder.name!r} predicts {list(y.shape)}, the target is {list(target.shape)}")
     wanted = target.to(y.device).double()

@@ -290,14 +290,18 @@ def _ask(repository: str, call: Callable[[], T]) -> T:
         ) from error
 
 
-def open_repository(where: str, revision: str | None = None) -> Repository:
-    """Return the repository of a local folder or of a hub id. Raises NotFoundError when the name is neither."""
+def open_repository(where: str) -> Repository:
+    """Return the repository of a local folder, or of a hub id with the branch, tag or commit after an ``@``.
+
+    Raises NotFoundError when the name is neither.
+    """
     path = os.path.expanduser(where)
     if os.path.isdir(path):
         return LocalRepository(Path(path))
+    where, _, revision = where.partition("@")
     if not _HUB.fullmatch(where) or os.path.isdir(where.partition("/")[0]):
         raise NotFoundError(f"there is no coder folder {where!r}; give a folder, or a hub id such as ORG/NAME")
-    return HubRepository(where, revision)
+    return HubRepository(where, revision or None)
 
 
 def _parsed(local: Path, where: str, parse: Callable[[str], Any], kind: str) -> Any:

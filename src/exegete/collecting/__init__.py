@@ -55,15 +55,17 @@ def collect_firings(
 
     plan.check(subject, coders, corpus)
     base = Path(folder)
+    n_workers = worker_count(config, subject.device)
     with contextlib.ExitStack() as held:
         for name in coders:
             held.enter_context(RunLock(base / name))
         held.enter_context(torch.inference_mode())
         moved = {name: coder.to(subject.device) for name, coder in coders.items()}
         n_rows = plan.batch_rows(subject, moved, corpus, base, config)
+        threads = plan.threads_of(coders, base, config, subject.device.type, n_workers)
         jobs = {}
         for name, coder in coders.items():
-            fresh = plan.fresh_manifest(name, subject, coder, corpus, base, n_rows, config)
+            fresh = plan.fresh_manifest(name, subject, coder, corpus, base, n_rows, threads, config)
             job = Job(base / name, fresh, moved[name])
             if job.begun:
                 plan.require_key(job.folder, job.manifest, fresh, config)
@@ -72,9 +74,9 @@ def collect_firings(
                 jobs[name] = job
         if jobs:
             corpus.verify()
-            held.enter_context(_threads(next(iter(jobs.values())).manifest.threads))
+            held.enter_context(_threads(threads))
             plan.begin([job for job in jobs.values() if not job.begun], subject, corpus, config)
-            _collect(jobs, subject, corpus, n_rows, config, progress)
+            _collect(jobs, subject, corpus, n_rows, config, progress, n_workers)
             for job in jobs.values():
                 job.finish(corpus)
         return {name: Store.open(base / name, corpus) for name in coders}
@@ -87,6 +89,7 @@ def _collect(
     n_rows: int,
     config: CollectConfig,
     progress: Progress | None,
+    n_workers: int,
 ) -> None:
     """Take every batch that some store still lacks through the subject once, in this process or in several."""
     missing = {name: job.missing(len(corpus)) for name, job in jobs.items()}
@@ -99,7 +102,7 @@ def _collect(
         if progress is not None:
             progress(done, len(corpus))
 
-    n_workers = min(worker_count(config, subject.device), len(batches))
+    n_workers = min(n_workers, len(batches))
     if n_workers > 1:
         run_workers(jobs, subject, corpus, batches, n_rows, config, advance, n_workers)
         return

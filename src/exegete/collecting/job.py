@@ -69,9 +69,9 @@ class Job:
         """Read everything back once, write the summary, and mark the store complete."""
         self.manifest = settle(self.folder, self.manifest, last=True)
         summary, content = Store(self.folder, self.manifest, corpus).scan(self.manifest.threads)
-        save_summary(self.folder, summary)
+        checksum = save_summary(self.folder, summary)
         fault_point("before store is complete")
-        self.save(dataclasses.replace(self.manifest, complete=True, content_hash=content))
+        self.save(dataclasses.replace(self.manifest, complete=True, content_hash=content, summary_sha256=checksum))
 
 
 @final
@@ -101,6 +101,7 @@ class Gathering:
         self._rows = None if shard_rows is None else shard_rows
         self._builder: ShardBuilder | None = None
         self._n_positions = 0
+        self._failed = False
 
     def encode(self, start: int, activations: torch.Tensor) -> SparseCode:
         """Encode the counted positions of a batch. Raises InputError naming coder, hookpoint and rows."""
@@ -110,11 +111,19 @@ class Gathering:
             raise InputError(f"{self._where(start)}: {error}") from error
 
     def add(self, start: int, counted: Array, excluded: Array, code: SparseCode | None) -> None:
-        """Take in a batch: ``counted`` [rows, length], its codes in order, and the ``excluded`` flat positions."""
+        """Take in a batch: ``counted`` [rows, length], its codes in order, and the ``excluded`` flat positions.
+
+        After a batch was refused nothing more is taken in or written.
+        """
+        if self._failed:
+            return
+        self._failed = True
+        self._add(start, counted, excluded, code)
+        self._failed = False
+
+    def _add(self, start: int, counted: Array, excluded: Array, code: SparseCode | None) -> None:
         if self._builder is not None and self._builder.row_start + self._builder.n_rows != start:
-            self.end()
-        if self._builder is None:
-            self._builder = ShardBuilder(row_start=start, row_length=counted.shape[1], width=self._manifest.width)
+            self._end()
         counts = np.zeros(counted.size, np.int32)
         latents, codes = np.zeros(0, np.int32), np.zeros(0, np.uint16)
         if code is not None:
@@ -124,14 +133,20 @@ class Gathering:
             except InputError as error:
                 raise InputError(f"{self._where(start)}: {error}") from error
             counts[counted.reshape(-1)] = per_position
+        if self._builder is None:
+            self._builder = ShardBuilder(row_start=start, row_length=counted.shape[1], width=self._manifest.width)
         self._builder.add(counts, latents, codes, excluded)
         self._n_positions += int(counted.sum())
         stop = start + len(counted)
         if self._due(stop, self._builder.n_firings):
-            self.end()
+            self._end()
 
     def end(self) -> None:
         """Write the shard under construction, if there is one, and have it listed."""
+        if not self._failed:
+            self._end()
+
+    def _end(self) -> None:
         builder = self._builder
         if builder is None:
             return

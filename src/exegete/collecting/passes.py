@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, final
@@ -122,9 +122,11 @@ def run(
         for start in batches:
             stop = min(start + n_rows, len(corpus))
             active = [g for g in gatherings if start in g.missing]
-            batch = read(subject, corpus, start, stop, list(dict.fromkeys(g.coder.point for g in active)))
-            for gathering in active:
-                _do(pool, waiting, _prepared(gathering, batch))
+            with _memory(n_rows):
+                batch = read(subject, corpus, start, stop, list(dict.fromkeys(g.coder.point for g in active)))
+                steps = [_prepared(gathering, batch) for gathering in active]
+            for step in steps:
+                _do(pool, waiting, step)
             while len(waiting) > 2 * len(gatherings):
                 waiting.pop(0).result()
             advance(stop - start)
@@ -132,6 +134,20 @@ def run(
             future.result()
         for gathering in gatherings:
             gathering.end()
+
+
+@contextlib.contextmanager
+def _memory(n_rows: int) -> Iterator[None]:
+    """Say what to do when a device runs out of memory."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"the device ran out of memory with batches of {n_rows} rows; free some, or collect into a new folder with "
+            "a smaller collect.batch_tokens"
+        ) from error
 
 
 def _prepared(gathering: Gathering, batch: Batch) -> Callable[[], None]:
@@ -142,7 +158,8 @@ def _prepared(gathering: Gathering, batch: Batch) -> Callable[[], None]:
     code = gathering.encode(batch.start, x) if len(x) else None
     where = counted.cpu().numpy()
     excluded = np.flatnonzero(batch.mask.cpu().numpy().reshape(-1) & ~where.reshape(-1))
-    return lambda: gathering.add(batch.start, where, excluded, code)
+    start = batch.start  # what waits must not hold the batch's activations
+    return lambda: gathering.add(start, where, excluded, code)
 
 
 def _do(pool: Executor | None, waiting: list[Future[None]], step: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,6 +121,20 @@ def fastest(attempt: Callable[[int], None], *, least: int, most: int) -> int:
     return best
 
 
+def threads_of(
+    coders: Mapping[str, SparseCoder], base: Path, config: CollectConfig, device: str, n_workers: int
+) -> int:
+    """Return the CPU threads of a pass: as begun, as told, or all, shared among the processes of a CPU."""
+    import torch
+
+    begun = [load_manifest(base / name) for name in coders if (base / name / MANIFEST).exists()]
+    for manifest in begun:
+        if not manifest.complete:
+            return manifest.threads
+    share = n_workers if device == "cpu" else 1
+    return config.threads or max(1, torch.get_num_threads() // share)
+
+
 def fresh_manifest(
     name: str,
     subject: ReadableSubject,
@@ -127,6 +142,7 @@ def fresh_manifest(
     corpus: Corpus,
     base: Path,
     n_rows: int,
+    threads: int,
     config: CollectConfig,
 ) -> StoreManifest:
     """Return the manifest of a store that is not begun."""
@@ -138,6 +154,7 @@ def fresh_manifest(
         subject_hash=subject.hash,
         tokenizer_hash=str(corpus.manifest.key["tokenizer"]),
         coder_hash=coder.hash,
+        coder_dtype=str(coder.dtype).removeprefix("torch."),
         coder=coder.architecture,
         corpus_hash=corpus.hash,
         corpus=Path(os.path.relpath(corpus.folder.resolve(), (base / name).resolve())).as_posix(),
@@ -150,7 +167,7 @@ def fresh_manifest(
         device=torch.device(subject.device).type,
         dtype=str(subject.dtype).removeprefix("torch."),
         compiled=config.compile,
-        threads=config.threads or torch.get_num_threads(),
+        threads=threads,
         values=ENCODING,
         versions={"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
         quality={},
@@ -178,18 +195,18 @@ def begin(jobs: Sequence[Job], subject: ReadableSubject, corpus: Corpus, config:
     if not jobs:
         return
     points = list(dict.fromkeys(point for job in jobs for point in (job.point, job.coder.target)))
-    stop = min(max(1, CPU_TOKENS // corpus.row_length), len(corpus))
-    batch = read(subject, corpus, 0, stop, points)
+    batch = read(subject, corpus, *_first_rows(corpus), points)
     for job in jobs:
         limit = _norm_limit(batch, job, config.sink_norm)
         counted = batch.counted(job.point, np.inf if limit is None else limit)
         transposed = _settle(job, batch, counted)
-        quality = _quality(job, batch, counted)
+        fvu, l0 = _quality(job, batch, counted)
+        quality = {name: value for name, value in (("fvu", fvu), ("l0", l0)) if value is not None and isfinite(value)}
         n_sinks = int((batch.mask & ~counted).sum())
         if n_sinks:
             share = n_sinks / max(int(batch.mask.sum()), 1)
             _log.info("%s: %.2g %% of positions are norm outliers and do not count", job.manifest.name, 100 * share)
-        warnings = _warnings(job.manifest, quality)
+        warnings = _warnings(job.manifest, fvu)
         for warning in warnings:
             _log.warning("coder %s %s", job.manifest.name, warning)
         job.save(
@@ -201,11 +218,13 @@ def begin(jobs: Sequence[Job], subject: ReadableSubject, corpus: Corpus, config:
 
 def _norm_limit(batch: Batch, job: Job, multiple: float) -> float | None:
     """Return the norm beyond which a position does not count, None without a limit."""
+    from exegete.coders.reading import norm_limit
+
     norms = batch.norms[job.point][batch.mask]
     if not multiple or not len(norms):
         return None
-    middle = float(norms.median())
-    return multiple * middle if middle > 0 else None
+    limit = norm_limit(norms, multiple)
+    return limit if isfinite(limit) else None
 
 
 def _settle(job: Job, batch: Batch, counted: torch.Tensor) -> bool | None:
@@ -223,22 +242,30 @@ def _settle(job: Job, batch: Batch, counted: torch.Tensor) -> bool | None:
     return found.transposed
 
 
-def _quality(job: Job, batch: Batch, counted: torch.Tensor) -> dict[str, float]:
+def _first_rows(corpus: Corpus) -> tuple[int, int]:
+    """Return the first rows at which any position counts, as many as coders are measured on."""
+    size = max(1, CPU_TOKENS // corpus.row_length)
+    counting = (at for at in range(0, len(corpus), size) if corpus.rows(slice(at, at + size)).mask.any())
+    start = next(counting, 0)
+    return start, min(start + size, len(corpus))
+
+
+def _quality(job: Job, batch: Batch, counted: torch.Tensor) -> tuple[float | None, float | None]:
+    """Return FVU and L0, None where they cannot be measured."""
     from exegete.coders.quality import fvu_and_l0
 
     try:
-        fvu, l0 = fvu_and_l0(job.coder, batch.inputs(job.point, counted), batch.inputs(job.coder.target, counted))
+        return fvu_and_l0(job.coder, batch.inputs(job.point, counted), batch.inputs(job.coder.target, counted))
     except InputError as error:
         _log.info("the reconstruction of coder %s cannot be measured: %s", job.manifest.name, error)
-        return {}
-    return {name: value for name, value in (("fvu", fvu), ("l0", l0)) if np.isfinite(value)}
+        return None, None
 
 
-def _warnings(manifest: StoreManifest, quality: Mapping[str, float]) -> tuple[str, ...]:
+def _warnings(manifest: StoreManifest, fvu: float | None) -> tuple[str, ...]:
     """Return what a coder's quality on the first rows says against it. A null is meant to explain nothing."""
-    if quality.get("fvu", 0.0) <= 1 or "@random-" in manifest.name:
+    if fvu is None or fvu <= 1 or "@random-" in manifest.name:
         return ()
     return (
-        f"explains less of {manifest.hookpoint} than the mean does (FVU {quality['fvu']:.3g} on the first rows): is "
+        f"explains less of {manifest.hookpoint} than the mean does (FVU {fvu:.3g} on the first rows): is "
         "this its model, hookpoint, side and scale?",
     )

@@ -10,6 +10,7 @@ import itertools
 import os
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,15 @@ def share(batches: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 def worker_count(config: CollectConfig, device: Any) -> int:
     """Return how many processes collect: as told, or one for each GPU when the device is ``cuda`` without a number."""
+    import multiprocessing
+
     import torch
 
+    if config.workers != 1 and multiprocessing.parent_process() is not None:
+        raise InputError(
+            "collecting with several processes was begun inside one of them; put what your script does under "
+            'if __name__ == "__main__":'
+        )
     if config.workers is not None:
         return config.workers
     many = device.type == "cuda" and config.device in ("cuda", "auto") and config.device_map is None
@@ -73,6 +81,7 @@ def run_workers(
 
     Raises what a worker raised; InputError when a worker ended without a word.
     """
+    import torch
     import torch.multiprocessing as mp
 
     context = mp.get_context("spawn")
@@ -80,6 +89,11 @@ def run_workers(
     processes = []
     home = subject.device
     subject = subject.to("cpu")  # each process makes its own copy on its device; this one needs none meanwhile
+    coders = {name: job.coder.to("cpu") for name, job in jobs.items()}
+    for name, job in jobs.items():
+        job.coder = coders[name]
+    if home.type == "cuda":
+        torch.cuda.empty_cache()
     try:
         for number, part in enumerate(share(batches, n_workers)):
             task = Task(
@@ -90,7 +104,7 @@ def run_workers(
                 device=_device(home, number),
                 config=config,
                 manifests={name: job.manifest for name, job in jobs.items()},
-                coders={name: job.coder.to("cpu") for name, job in jobs.items()},
+                coders=coders,
                 missing={name: job.missing(len(corpus)) & set(part) for name, job in jobs.items()},
             )
             process = context.Process(target=_work, args=(subject, task, reports), daemon=True)
@@ -169,6 +183,8 @@ def _work(subject: Any, task: Task, reports: Any) -> None:
         reports.put(("done",))
     except ExegeteError as error:
         reports.put(("error", error))
+    except Exception:  # noqa: BLE001 (told to the parent, which raises it)
+        reports.put(("error", RuntimeError(f"a collecting process failed:\n{traceback.format_exc()}")))
 
 
 def _reporter(reports: Any, name: str) -> Callable[[ShardEntry], None]:

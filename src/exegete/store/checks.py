@@ -46,14 +46,20 @@ def read_manifest(path: Path, *, number: int) -> dict[str, Any]:
 
     Raises NotFoundError when there is none, CorruptError when it is damaged, InputError for another format.
     """
-    data = read_json(path)
-    if not isinstance(data, dict) or data.pop("checksum", None) != hash_json(data):
+    try:
+        data = read_json(path)
+        whole = isinstance(data, dict) and data.pop("checksum", None) == hash_json(data)
+    except (RecursionError, ValueError):  # nested beyond reason; a number that is none
+        raise CorruptError(f"{path} does not parse as a manifest; make it again") from None
+    if not whole:
         raise CorruptError(f"{path} is damaged: its checksum is wrong; make it again")
-    if data.get("format") != number:
-        newer = isinstance(data.get("format"), int) and data["format"] > number
-        advice = "update exegete" if newer else "make it again with this version"
-        raise InputError(f"{path} has format {data.get('format')}, this version reads {number}; {advice}")
-    return data
+    found = data.get("format")
+    if type(found) is not int:
+        raise CorruptError(f"{path} does not parse as a manifest: it has no format number; make it again")
+    if found != number:
+        advice = "update exegete" if found > number else "make it again with this version"
+        raise InputError(f"{path} has format {found}, this version reads {number}; {advice}")
+    return dict(data)
 
 
 def require_same(what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ that no manifest lists, which the next writer removes. The firings and their ord
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,13 +17,14 @@ import numpy as np
 
 from exegete.files import RunLock, fault_point
 from exegete.store.manifest import ShardEntry, StoreManifest, load_manifest, save_manifest
-from exegete.store.shards import MAX_FIRINGS, OpenShards, Shard, ShardShape, ShardWriter, gather
+from exegete.store.reading import latents_at_once, read, runs, spans
+from exegete.store.shards import OpenShards, Shard, ShardShape, ShardWriter
 from exegete.types import Array
 
 FAN_IN = 16
 """Neighbouring shards of one tier that are merged into one of the next."""
 MOST_SLICES = 16
-"""Shards that a complete store has at most, as far as their size allows."""
+"""Shards that a complete store has at most."""
 RANGE_FIRINGS = 1 << 26
 """Firings of one file of a compacted store, about 270 MB."""
 _RUN = 1 << 22
@@ -34,7 +36,8 @@ Advance = Callable[[int, int], None]
 def settle(folder: Path, manifest: StoreManifest, *, last: bool = False) -> StoreManifest:
     """Merge what is due and return the manifest that lists the result.
 
-    Due are 16 neighbouring shards of one tier; at the ``last`` call also the smallest neighbours, until 16 are left.
+    Due are 16 neighbouring shards of one tier, so that a firing is written once for each tier; at the ``last`` call
+    also what leaves 16 shards at the least cost, and writes a firing once more at most.
     """
     while (due := _due(manifest.shards, last=last)) is not None:
         first, stop = due
@@ -61,10 +64,10 @@ def compact(folder: str | os.PathLike[str], *, progress: Advance | None = None) 
         if not manifest.complete or manifest.by_latent:
             return manifest
         clean(base, manifest)
-        opened = OpenShards(base)
+        opened = OpenShards(base, manifest.row_length)
         counts = _counts(manifest, opened)
         entries = []
-        for start, stop in runs(counts, RANGE_FIRINGS):
+        for start, stop in runs(counts, RANGE_FIRINGS, manifest.width):
             entries.append(_merge_latents(base, manifest, opened, counts, start, stop))
             if progress is not None:
                 progress(stop, manifest.width)
@@ -76,69 +79,70 @@ def compact(folder: str | os.PathLike[str], *, progress: Advance | None = None) 
         return compacted
 
 
-def runs(counts: Array, most: int) -> Iterator[tuple[int, int]]:
-    """Cut latents [n] with ``counts`` firings into consecutive ranges of at most ``most`` firings, or one latent."""
-    ends = np.cumsum(counts)
-    start = 0
-    while start < len(counts):
-        before = int(ends[start - 1]) if start else 0
-        stop = max(int(np.searchsorted(ends, before + most, side="right")), start + 1)
-        yield start, stop
-        start = stop
-
-
 def _due(shards: Sequence[ShardEntry], *, last: bool) -> tuple[int, int] | None:
     """Return the range of neighbouring shards to merge next, None when there is none."""
     first = 0
     for stop in range(1, len(shards) + 1):
         before = shards[stop - 1]
         if stop == len(shards) or shards[stop].tier != before.tier or shards[stop].row_start != before.row_stop:
-            if stop - first >= FAN_IN and _fits(shards[first : first + FAN_IN]):
+            if stop - first >= FAN_IN:
                 return first, first + FAN_IN
             first = stop
-    if last and len(shards) > MOST_SLICES:
-        size = len(shards) - MOST_SLICES + 1
-        starts = [i for i in range(len(shards) - size + 1) if _fits(shards[i : i + size])]
-        if starts:
-            best = min(starts, key=lambda i: sum(s.n_firings for s in shards[i : i + size]))
-            return best, best + size
-    return None
+    if not last or len(shards) <= MOST_SLICES:
+        return None
+    groups = _cheapest(shards, MOST_SLICES)
+    merged = [(first, stop) for first, stop in groups if stop - first > 1]
+    return min(merged, key=lambda group: sum(s.n_firings for s in shards[group[0] : group[1]]), default=None)
 
 
-def _fits(shards: Sequence[ShardEntry]) -> bool:
-    return sum(shard.n_firings for shard in shards) <= MAX_FIRINGS
+def _cheapest(shards: Sequence[ShardEntry], most: int) -> list[tuple[int, int]]:
+    """Cut shards into at most ``most`` groups of neighbours, so that the fewest firings lie in groups of several.
+
+    Nothing is merged over missing rows: there are more groups where there are more stretches of rows. Bellman's
+    recursion: the cheapest cut of the first ``stop`` shards into one group more ends in the group that adds least.
+    """
+    n = len(shards)
+    gaps = np.array([0, *(a.row_stop != b.row_start for a, b in itertools.pairwise(shards))]).cumsum()
+    sums = np.concatenate([[0.0], np.cumsum([float(shard.n_firings + 1) for shard in shards])])
+    best = np.full(n + 1, np.inf)
+    best[0] = 0
+    begins = []
+    for _ in range(min(n, max(most, int(gaps[-1]) + 1))):
+        further, begin = np.full(n + 1, np.inf), np.zeros(n + 1, np.int64)
+        for stop in range(1, n + 1):
+            low = int(np.searchsorted(gaps, gaps[stop - 1]))
+            cost = best[low:stop] + (sums[stop] - sums[low:stop])
+            cost[-1] = best[stop - 1]
+            begin[stop] = low + int(cost.argmin())
+            further[stop] = cost.min()
+        best = further
+        begins.append(begin)
+    groups, stop = [], n
+    for begin in reversed(begins):
+        groups.append((int(begin[stop]), stop))
+        stop = int(begin[stop])
+    return groups[::-1]
 
 
 def _merge_rows(folder: Path, manifest: StoreManifest, old: Sequence[ShardEntry]) -> ShardEntry:
     """Write one shard with the rows of several neighbouring ones."""
-    opened = OpenShards(folder, limit=len(old))
-    shards = [opened.get(entry.file, entry.sha256) for entry in old]
+    part = dataclasses.replace(manifest, shards=tuple(old))
     row_start, row_stop = old[0].row_start, old[-1].row_stop
-    file = f"shard-{row_start:010d}-{row_stop:010d}.bin"
-    shape = ShardShape.fitting(
-        row_start=row_start,
-        n_rows=row_stop - row_start,
-        row_length=manifest.row_length,
-        latent_start=0,
-        n_latents=manifest.width,
-        n_firings=sum(entry.n_firings for entry in old),
-        n_excluded=sum(shard.shape.n_excluded for shard in shards),
-    )
-    counts = np.sum([shard.counts() for shard in shards], axis=0)
-    with ShardWriter.open(folder / file, shape) as writer:
-        for start, stop in runs(counts, _RUN):
-            writer.append(*_read(shards, start, stop, row_start))
-        sha256 = writer.finish(_excluded(shards, row_start))
-    return ShardEntry(
-        file=file,
-        row_start=row_start,
-        row_stop=row_stop,
-        latent_start=0,
-        latent_stop=manifest.width,
-        n_positions=sum(entry.n_positions for entry in old),
-        n_firings=shape.n_firings,
-        tier=max(entry.tier for entry in old) + 1,
-        sha256=sha256,
+    return _merge(
+        folder,
+        part,
+        OpenShards(folder, manifest.row_length),
+        ShardEntry(
+            file=f"shard-{row_start:010d}-{row_stop:010d}.bin",
+            row_start=row_start,
+            row_stop=row_stop,
+            latent_start=0,
+            latent_stop=manifest.width,
+            n_positions=part.n_positions,
+            n_firings=part.n_firings,
+            tier=max(entry.tier for entry in old) + 1,
+            sha256="",
+        ),
     )
 
 
@@ -146,50 +150,49 @@ def _merge_latents(
     folder: Path, manifest: StoreManifest, opened: OpenShards, counts: Array, first: int, last: int
 ) -> ShardEntry:
     """Write one shard with all rows of the latents ``first`` to ``last``; excluded positions go with the first."""
-    file = f"latents-{first:010d}-{last:010d}.bin"
-    excluded = _excluded(_all(manifest, opened), 0) if first == 0 else np.zeros(0, np.uint64)
-    shape = ShardShape.fitting(
-        row_start=0,
-        n_rows=manifest.row_stop,
-        row_length=manifest.row_length,
-        latent_start=first,
-        n_latents=last - first,
-        n_firings=int(counts[first:last].sum()),
-        n_excluded=len(excluded),
-    )
-    with ShardWriter.open(folder / file, shape) as writer:
-        for start, stop in runs(counts[first:last], _RUN):
-            writer.append(*_read(_all(manifest, opened), first + start, first + stop, 0))
-        sha256 = writer.finish(excluded)
-    return ShardEntry(
-        file=file,
+    entry = ShardEntry(
+        file=f"latents-{first:010d}-{last:010d}.bin",
         row_start=0,
         row_stop=manifest.row_stop,
         latent_start=first,
         latent_stop=last,
         n_positions=manifest.n_positions,
-        n_firings=shape.n_firings,
+        n_firings=int(counts[first:last].sum()),
         tier=0,
-        sha256=sha256,
+        sha256="",
     )
+    return _merge(folder, manifest, opened, entry, counts)
+
+
+def _merge(
+    folder: Path, manifest: StoreManifest, opened: OpenShards, entry: ShardEntry, counts: Array | None = None
+) -> ShardEntry:
+    """Write the rows and latents of ``entry`` from the manifest's shards, and return it with its checksum."""
+    first, last, row = entry.latent_start, entry.latent_stop, entry.row_start
+    excluded = _excluded(_all(manifest, opened), row) if first == 0 else np.zeros(0, np.uint64)
+    counts = _counts(manifest, opened) if counts is None else counts
+    shape = ShardShape.fitting(
+        row_start=row,
+        n_rows=entry.row_stop - row,
+        row_length=manifest.row_length,
+        latent_start=first,
+        n_latents=last - first,
+        n_firings=entry.n_firings,
+        n_excluded=len(excluded),
+    )
+    parts = spans(counts[first:last], firings=_RUN, latents=latents_at_once(manifest), chunk=_RUN, first=first)
+    with ShardWriter.open(folder / entry.file, shape) as writer:
+        for span in parts:
+            writer.append(*read(_all(manifest, opened), span, row), more=span.more)
+        return dataclasses.replace(entry, sha256=writer.finish(excluded))
 
 
 def _all(manifest: StoreManifest, opened: OpenShards) -> Iterator[Shard]:
-    return (opened.get(entry.file, entry.sha256) for entry in manifest.shards)
+    return (opened.get(entry) for entry in manifest.shards)
 
 
-def _read(shards: Sequence[Shard] | Iterator[Shard], start: int, stop: int, row: int) -> tuple[Array, Array, Array]:
-    pieces = []
-    for shard in shards:
-        counts, positions, codes = shard.piece(start, stop)
-        positions += (shard.shape.row_start - row) * shard.shape.row_length
-        pieces.append((counts, positions, codes))
-    return gather(pieces)
-
-
-def _excluded(shards: Sequence[Shard] | Iterator[Shard], row: int) -> Array:
-    parts = [s.excluded + np.uint64((s.shape.row_start - row) * s.shape.row_length) for s in shards]
-    return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+def _excluded(shards: Iterator[Shard], row: int) -> Array:
+    return np.concatenate([s.excluded + np.uint64((s.shape.row_start - row) * s.shape.row_length) for s in shards])
 
 
 def _counts(manifest: StoreManifest, opened: OpenShards) -> Array:

@@ -40,6 +40,7 @@ __all__ = [
 Progress = Callable[[int, int], None]
 
 _STREAMED = ("tokens.npy", "segments.npy", "documents.jsonl")
+_SOURCES_BYTES = 1 << 30  # some 200 for each file that was read
 
 
 def build_corpus(
@@ -136,7 +137,7 @@ def _require_unchanged(corpus: Corpus, documents: Iterable[TextDocument]) -> Non
     """Raise MismatchError when files that a corpus was made from have changed since."""
     if not isinstance(documents, TextStream) or SOURCES not in corpus.manifest.files:
         return
-    change = documents.change(read_json(corpus.folder / SOURCES))
+    change = documents.change(read_json(corpus.folder / SOURCES, most_bytes=_SOURCES_BYTES))
     if change is not None:
         raise MismatchError(
             f"the text behind the corpus in {corpus.folder} is another now: {change}; use another folder, or put the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -20,6 +20,7 @@ _IDENTITY = (
     "subject_hash",
     "tokenizer_hash",
     "coder_hash",
+    "coder_dtype",
     "corpus_hash",
     "hookpoint",
     "side",
@@ -58,13 +59,15 @@ class ShardEntry:
 class StoreManifest:
     """What was collected, with what, and the shards so far.
 
-    ``coder`` is the coder's architecture; ``corpus`` the path of the corpus relative to the store; ``mask_policy`` the
-    corpus's, with ``sink_norm``, the multiple of the median norm beyond which a position does not count (0: none), of
-    which ``norm_limit`` is the norm itself, measured on the first rows; ``batch_plan`` the rows of a batch and their
-    length; ``device`` and ``dtype`` those of the subject, ``compiled`` whether its layers were; ``threads`` the CPU
-    threads used; ``values`` the 16-bit encoding; ``quality`` holds ``fvu`` and ``l0`` on the first rows where they
-    could be measured, ``warnings`` what looks wrong there, ``skip_transposed`` whether a skip connection whose
-    file does not say which way it lies had to be turned; ``content_hash`` is empty until the store is ``complete``.
+    ``coder`` is the coder's architecture, ``coder_dtype`` what it computes in; ``corpus`` the path of the corpus
+    relative to the store; ``mask_policy`` the corpus's, with ``sink_norm``, the multiple of the median norm beyond
+    which a position does not count (0: none), of which ``norm_limit`` is the norm itself, measured on the first rows;
+    ``batch_plan`` the rows of a batch and their length; ``device`` and ``dtype`` those of the subject, ``compiled``
+    whether its layers were; ``threads`` the CPU threads used; ``values`` the 16-bit encoding; ``quality`` holds ``fvu``
+    and ``l0`` on the first rows where they could be measured, ``warnings`` what looks wrong there,
+    ``skip_transposed`` whether a skip connection whose file does not say which way it lies had to be turned;
+    ``content_hash`` and ``summary_sha256``, the checksum of the summary's file, are empty until the store is
+    ``complete``.
     """
 
     format: int = FORMAT
@@ -73,6 +76,7 @@ class StoreManifest:
     subject_hash: str
     tokenizer_hash: str
     coder_hash: str
+    coder_dtype: str
     coder: str
     corpus_hash: str
     corpus: str
@@ -95,6 +99,7 @@ class StoreManifest:
     shards: tuple[ShardEntry, ...] = ()
     complete: bool = False
     content_hash: str = ""
+    summary_sha256: str = ""
 
     @property
     def key(self) -> dict[str, Any]:
@@ -146,16 +151,26 @@ class StoreManifest:
     def from_json(cls, data: Mapping[str, Any]) -> StoreManifest:
         """Read what ``to_json`` gave. Raises CorruptError when fields do not fit or rows have gaps."""
         try:
+            if not all(isinstance(data[name], (list, tuple)) for name in ("shards", "warnings")):
+                raise TypeError("shards and warnings are lists")
             shards = tuple(ShardEntry(**entry) for entry in data["shards"])
             manifest = cls(**{**data, "shards": shards, "warnings": tuple(data["warnings"])})
-        except (TypeError, KeyError) as error:
+        except (TypeError, LookupError) as error:
             raise CorruptError(f"the store manifest does not parse: {error}") from error
+        wrong = _misfits(manifest) + [name for entry in shards for name in _misfits(entry)]
+        if wrong:
+            raise CorruptError(f"the store manifest does not parse: its {wrong[0]} cannot be so; collect again")
         manifest._check()
         return manifest
 
     def _check(self) -> None:
         """Raise CorruptError unless shards follow each other in rows, or share all rows and follow in latents."""
         damaged = CorruptError(f"the shards of store {self.name} do not fit together; collect again")
+        if (
+            not 0 < self.width < 1 << 31
+            or min(self.batch_plan.get("row_length", 0), self.batch_plan.get("rows", 0)) < 1
+        ):
+            raise CorruptError(f"the width or batch plan of store {self.name} cannot be so; collect again")
         row = latent = 0
         for entry in self.shards:
             safe_name(entry.file)
@@ -169,6 +184,41 @@ class StoreManifest:
             row, latent = entry.row_stop, 0 if whole else entry.latent_stop
         if latent not in (0, self.width):
             raise damaged
+
+
+def _misfits(part: StoreManifest | ShardEntry) -> list[str]:
+    """Return the names of the fields whose values are of another kind than they should be."""
+    return [f.name for f in dataclasses.fields(part) if not _KINDS[str(f.type)](getattr(part, f.name))]
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) in kinds
+
+
+def _table(item: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Mapping) and all(item(one) for one in value.values())
+
+
+_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "int": _whole,
+    "int | None": lambda value: value is None or _whole(value),
+    "str": _is(str),
+    "bool": _is(bool),
+    "bool | None": _is(bool, type(None)),
+    "float | None": _is(float, int, type(None)),
+    "Side": lambda value: type(value) is str and value in ("input", "output"),
+    "Mapping[str, Any]": _table(lambda _: True),
+    "Mapping[str, int]": _table(_whole),
+    "Mapping[str, str]": _table(_is(str)),
+    "Mapping[str, float]": _table(_is(float, int)),
+    "tuple[str, ...]": lambda value: all(type(one) is str for one in value),
+    "tuple[ShardEntry, ...]": lambda _: True,
+}
+"""What a field's value must be, by its annotation; shards are looked at one by one."""
 
 
 def save_manifest(folder: Path, manifest: StoreManifest) -> None:

@@ -5,14 +5,15 @@ Layout, little-endian, every part padded with zeros to a multiple of 64 bytes:
 - header: magic ``EXEGSHRD``, uint32 format number, uint32 length of the header, SHA-256 of the other header bytes,
   JSON (``row_start``, ``n_rows``, ``row_length``, ``latent_start``, ``n_latents``, ``n_firings``, ``n_excluded``,
   ``bits``, ``values``, ``digests``: the SHA-256 of each part below);
-- offsets: uint32 [n_latents · blocks + 1], where each latent's firings in each block of 2^bits positions begin;
+- offsets: uint32 (uint64 from 2^32 firings on) [n_latents · blocks + 1], where each latent's firings in each block of
+  2^bits positions begin;
 - positions: uint16 or uint32 (``bits``) [n_firings], ``row in shard · row_length + position`` modulo 2^bits, ascending
   within a latent and block;
 - values: uint16 [n_firings] (see ``values.py``);
 - excluded: uint64 [n_excluded], positions in the shard at which firings do not count, ascending.
 
 Sixteen bits a position make a firing cost little over four bytes. Rows of several shards make a store by being
-listed; nothing in a shard refers to the others.
+listed; nothing in a shard refers to the others. A shard's checksum is that of the JSON without padding.
 """
 
 from __future__ import annotations
@@ -33,17 +34,30 @@ import numpy as np
 from exegete.errors import CorruptError, InputError
 from exegete.files import atomic_file, canonical_json
 from exegete.store.checks import verify_once
+from exegete.store.manifest import MANIFEST, ShardEntry
 from exegete.store.values import ENCODING
 from exegete.types import Array
 
-FORMAT = 2
-MAX_FIRINGS = 2**32 - 1
-"""Most firings of one shard: offsets are uint32."""
+FORMAT = 3
+WIDE_OFFSETS = 1 << 32
+"""Firings from which on a shard's offsets take eight bytes."""
+
+Piece = tuple[Array, Array, Array]
+"""Firings of some latents, latent by latent: counts int64 [latents], positions int64 and codes uint16 [their sum]."""
 
 _MAGIC = b"EXEGSHRD"
 _ALIGN = 64
 _PREAMBLE = struct.Struct("<8sII32s")
 _PARTS = ("offsets", "positions", "codes", "excluded")
+_LONGEST_HEADER = 1 << 14
+_LARGEST = 1 << 62
+_CHECKED = 1 << 20
+_sound: set[str] = set()  # checksums of shards whose offsets were found to ascend
+
+
+@final
+class AbsentShardError(CorruptError):
+    """A shard is not there, or another one is: it is damage only if the manifest that lists it is still the newest."""
 
 
 @final
@@ -68,14 +82,15 @@ class ShardShape:
     @property
     def types(self) -> tuple[str, str, str, str]:
         """Data types of the parts."""
-        return "<u4", "<u2" if self.bits == 16 else "<u4", "<u2", "<u8"
+        offsets = "<u4" if self.n_firings < WIDE_OFFSETS else "<u8"
+        return offsets, "<u2" if self.bits == 16 else "<u4", "<u2", "<u8"
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Bytes of the parts, without padding."""
-        narrow = 2 if self.bits == 16 else 4
         n = self.n_firings
-        return 4 * (self.n_latents * self.blocks + 1), narrow * n, 2 * n, 8 * self.n_excluded
+        offsets, positions, codes, excluded = (np.dtype(kind).itemsize for kind in self.types)
+        return offsets * (self.n_latents * self.blocks + 1), positions * n, codes * n, excluded * self.n_excluded
 
     @classmethod
     def fitting(cls, **fields: int) -> ShardShape:
@@ -89,6 +104,7 @@ class ShardShape:
 class Shard:
     """An open shard: its parts, memory-mapped, as the module says."""
 
+    path: Path
     shape: ShardShape
     sha256: str
     offsets: Array
@@ -102,24 +118,54 @@ class Shard:
         counts: Array = np.diff(ends)
         return counts
 
-    def piece(self, start: int, stop: int) -> tuple[Array, Array, Array]:
+    def count(self, latent: int) -> int:
+        """Return how many firings a latent has here, 0 for one outside the shard."""
+        low, high = self._bounds(latent, latent + 1)
+        return int(self.offsets[high]) - int(self.offsets[low])
+
+    def piece(self, start: int, stop: int) -> Piece:
         """Return counts int64 [stop − start], positions int64 and codes of latents ``start`` to ``stop``.
 
-        Positions are counted from the shard's first row. Latents outside the shard have none.
+        Positions are counted from the shard's first row. Latents outside the shard have none. Raises CorruptError
+        for a position outside the shard.
         """
+        low, high = self._bounds(start, stop)
+        ends = self.offsets[low : high + 1].astype(np.int64)
+        positions, codes = self._between(ends, (high - low) // self.shape.blocks)
+        counts: Array = np.zeros(stop - start, np.int64)
+        at = self.shape.latent_start + low // self.shape.blocks - start
+        counts[at : at + (high - low) // self.shape.blocks] = np.diff(ends[:: self.shape.blocks])
+        return counts, positions, codes
+
+    def part(self, latent: int, begin: int, end: int) -> Piece:
+        """Return the firings ``begin`` to ``end`` of those that a latent has here, as ``piece`` does.
+
+        Both may lie outside of what there is.
+        """
+        low, high = self._bounds(latent, latent + 1)
+        ends = self.offsets[low : high + 1].astype(np.int64)
+        ends = np.clip(ends, min(ends[0] + max(begin, 0), ends[-1]), min(ends[0] + max(end, 0), ends[-1]))
+        positions, codes = self._between(ends, int(high > low))
+        return np.array([len(codes)], np.int64), positions, codes
+
+    def _bounds(self, start: int, stop: int) -> tuple[int, int]:
+        """Return where latents ``start`` to ``stop`` lie among the offsets."""
         shape = self.shape
         first = min(max(start - shape.latent_start, 0), shape.n_latents)
         last = min(max(stop - shape.latent_start, first), shape.n_latents)
-        ends = self.offsets[first * shape.blocks : last * shape.blocks + 1].astype(np.int64)
+        return first * shape.blocks, last * shape.blocks
+
+    def _between(self, ends: Array, latents: int) -> tuple[Array, Array]:
+        """Return positions and codes of so many latents, ``ends`` [latents · blocks + 1] being their offsets."""
+        shape = self.shape
         inside = slice(int(ends[0]), int(ends[-1]))
         positions = self.positions[inside].astype(np.int64)
         if shape.blocks > 1:
-            block = np.tile(np.arange(shape.blocks, dtype=np.int64) << shape.bits, last - first)
+            block = np.tile(np.arange(shape.blocks, dtype=np.int64) << shape.bits, latents)
             positions += np.repeat(block, np.diff(ends))
-        counts: Array = np.zeros(stop - start, np.int64)
-        at = shape.latent_start + first - start
-        counts[at : at + last - first] = np.diff(ends[:: shape.blocks])
-        return counts, positions, np.array(self.codes[inside])
+        if len(positions) and int(positions.max()) >= shape.n_rows * shape.row_length:
+            raise CorruptError(f"{self.path} holds a position outside its rows; collect again")
+        return positions, np.array(self.codes[inside])
 
 
 @final
@@ -214,6 +260,7 @@ class ShardWriter:
             starts.append(starts[-1] + _aligned(size))
         self._cursors, self._end = starts[:-1], starts[-1]
         self._n_firings = 0
+        self._begun: Array = np.zeros(shape.blocks, np.int64)
         self._put(0, np.zeros(1, np.uint32))
 
     @classmethod
@@ -223,20 +270,24 @@ class ShardWriter:
         with atomic_file(path) as stream:
             yield cls(stream, shape)
 
-    def append(self, counts: Array, positions: Array, codes: Array) -> None:
+    def append(self, counts: Array, positions: Array, codes: Array, *, more: bool = False) -> None:
         """Append the firings of the next latents.
 
         ``counts`` [latents], ``positions`` (from the shard's first row) and ``codes`` [sum of counts], latent by
-        latent, positions ascending.
+        latent, positions ascending. With ``more`` the last of these latents goes on with the next call.
         """
         shape = self.shape
-        ends = self._n_firings + np.cumsum(counts, dtype=np.int64)
+        cells = counts.astype(np.int64)
         if shape.blocks > 1:
             latent = np.repeat(np.arange(len(counts), dtype=np.int64) * shape.blocks, counts)
             latent += positions >> shape.bits
-            ends = self._n_firings + np.cumsum(np.bincount(latent, minlength=len(counts) * shape.blocks))
-        self._put(0, ends.astype(np.uint32))
-        self._put(1, positions.astype(shape.types[1]))
+            cells = np.bincount(latent, minlength=len(counts) * shape.blocks)
+        cells[: shape.blocks] += self._begun
+        ended = self._n_firings - int(self._begun.sum())
+        whole = len(cells) - (shape.blocks if more else 0)
+        self._begun = cells[whole:] if more else np.zeros(shape.blocks, np.int64)
+        self._put(0, ended + np.cumsum(cells[:whole]))
+        self._put(1, positions)
         self._put(2, codes)
         self._n_firings += len(positions)
 
@@ -251,10 +302,10 @@ class ShardWriter:
         header = _header(self.shape, digests)
         self._stream.write(header)
         self._stream.seek(0, 2)
-        return _checksum(digests)
+        return _checksum(self.shape, digests)
 
     def _put(self, part: int, data: Array) -> None:
-        raw: Any = np.ascontiguousarray(data, dtype=self.shape.types[part]).view(np.uint8)
+        raw: Any = np.ascontiguousarray(data.astype(self.shape.types[part], copy=False)).view(np.uint8)
         self._digests[part].update(raw)
         self._stream.seek(self._cursors[part])
         self._stream.write(raw)
@@ -265,96 +316,117 @@ class ShardWriter:
 class OpenShards:
     """Shards of one folder, opened when first read; the least recently used maps are closed beyond ``limit``."""
 
-    def __init__(self, folder: Path, *, limit: int = 64) -> None:
+    def __init__(self, folder: Path, row_length: int, *, limit: int = 64) -> None:
         self._folder = folder
+        self._row_length = row_length
         self._limit = limit
-        self._open: OrderedDict[str, Shard] = OrderedDict()
+        self._open: OrderedDict[tuple[str, str], Shard] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def get(self, file: str, sha256: str) -> Shard:
-        """Return a shard; raises CorruptError when it is missing, damaged, or not the one with this checksum."""
+    def get(self, entry: ShardEntry) -> Shard:
+        """Return a shard that a manifest lists.
+
+        Raises AbsentShardError when it is missing or is not the one with this checksum, CorruptError when it is
+        damaged or holds other rows, latents or firings than the manifest says.
+        """
+        key = entry.file, entry.sha256
         with self._lock:
-            shard = self._open.get(file)
+            shard = self._open.get(key)
             if shard is None:
-                shard = open_shard(self._folder / file)
-                if shard.sha256 != sha256:
-                    raise CorruptError(f"{self._folder / file} is not the shard its manifest lists; collect again")
-                self._open[file] = shard
+                shard = open_shard(self._folder / entry.file)
+                if shard.sha256 != entry.sha256:
+                    raise AbsentShardError(f"{shard.path} is not the shard its manifest lists; collect again")
+                self._open[key] = shard
                 while len(self._open) > self._limit:
                     self._open.popitem(last=False)
-            self._open.move_to_end(file)
-            return shard
+            self._open.move_to_end(key)
+        if not _is_of(shard.shape, entry, self._row_length):
+            listed = f"rows, latents or firings of {entry.file} than it holds"
+            raise CorruptError(f"{self._folder / MANIFEST} lists other {listed}; collect again")
+        return shard
+
+
+def _is_of(shape: ShardShape, entry: ShardEntry, row_length: int) -> bool:
+    held = (shape.row_start, shape.row_start + shape.n_rows, shape.latent_start, shape.latent_start + shape.n_latents)
+    listed = (entry.row_start, entry.row_stop, entry.latent_start, entry.latent_stop)
+    return held == listed and shape.n_firings == entry.n_firings and shape.row_length == row_length
 
 
 def open_shard(path: Path) -> Shard:
     """Map a shard into memory, checking the header always and the parts once per process.
 
-    Raises CorruptError naming the file when it is missing, cut short or damaged, and InputError for another format.
+    Raises AbsentShardError when it is missing, CorruptError naming the file when it is cut short or damaged, and
+    InputError for another format.
     """
     try:
         raw = np.memmap(path, dtype=np.uint8, mode="r")
+        shape, digests, start = _read_header(path, raw)
+        starts = [start]
+        for size in shape.sizes:
+            starts.append(starts[-1] + _aligned(size))
+        if starts[-1] != len(raw):
+            raise CorruptError(f"{path} is {len(raw)} bytes long and should be {starts[-1]}; collect again")
+        parts = []
+        for at, end, size, digest, kind in zip(starts, starts[1:], shape.sizes, digests, shape.types, strict=False):
+            verify_once(path, digest, start=at, stop=at + size)
+            if raw[at + size : end].any():
+                raise CorruptError(f"{path} is damaged: its padding is not empty; collect again")
+            parts.append(raw[at : at + size].view(kind))
     except FileNotFoundError:
-        raise CorruptError(f"{path} is missing; collect again") from None
+        raise AbsentShardError(f"{path} is missing; collect again") from None
     except (OSError, ValueError) as error:
         raise CorruptError(f"{path} cannot be read: {error}") from error
-    shape, digests, start = _read_header(path, raw)
-    starts = [start]
-    for size in shape.sizes:
-        starts.append(starts[-1] + _aligned(size))
-    if starts[-1] != len(raw):
-        raise CorruptError(f"{path} is {len(raw)} bytes long and should be {starts[-1]}; collect again")
-    parts = []
-    for at, end, size, digest, kind in zip(starts, starts[1:], shape.sizes, digests, shape.types, strict=False):
-        verify_once(path, digest, start=at, stop=at + size)
-        if raw[at + size : end].any():
-            raise CorruptError(f"{path} is damaged: its padding is not empty; collect again")
-        parts.append(raw[at : at + size].view(kind))
+    offsets, positions, codes, excluded = parts
+    sha256 = _checksum(shape, digests)
+    if sha256 not in _sound:
+        if not (_fit(offsets, shape.n_firings) and _lie_inside(excluded, shape.n_rows * shape.row_length)):
+            raise CorruptError(f"{path} is damaged: its offsets or excluded positions do not ascend; collect again")
+        _sound.add(sha256)
     return Shard(
+        path=path,
         shape=shape,
-        sha256=_checksum(digests),
-        offsets=parts[0],
-        positions=parts[1],
-        codes=parts[2],
-        excluded=parts[3],
+        sha256=sha256,
+        offsets=offsets,
+        positions=positions,
+        codes=codes,
+        excluded=excluded,
     )
 
 
-def gather(pieces: list[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:
-    """Join the firings of the same latents from consecutive rows: counts, positions and codes, latent by latent.
+def _fit(offsets: Array, n_firings: int) -> bool:
+    """Return whether offsets ascend from 0 to the number of firings."""
+    if int(offsets[0]) != 0 or int(offsets[-1]) != n_firings:
+        return False
+    blocks = (offsets[start : start + _CHECKED + 1] for start in range(0, len(offsets), _CHECKED))
+    return all(bool((block[1:] >= block[:-1]).all()) for block in blocks)
 
-    ``pieces`` are what ``Shard.piece`` gives, positions already counted from a common row.
-    """
-    if len(pieces) == 1:
-        return pieces[0]
-    counts: Array = np.add.reduce([piece[0] for piece in pieces], axis=0, dtype=np.int64)
-    total = int(counts.sum())
-    positions, codes = np.empty(total, np.int64), np.empty(total, np.uint16)
-    free: Array = np.cumsum(counts) - counts
-    for own, at, values in pieces:
-        begins = np.cumsum(own) - own
-        target = np.repeat(free - begins, own) + np.arange(len(at))
-        positions[target], codes[target] = at, values
-        free += own
-    return counts, positions, codes
+
+def _lie_inside(excluded: Array, n_positions: int) -> bool:
+    """Return whether positions ascend strictly and lie within so many."""
+    return not len(excluded) or (bool((excluded[1:] > excluded[:-1]).all()) and int(excluded[-1]) < n_positions)
 
 
 def _header(shape: ShardShape, digests: list[str]) -> bytes:
-    fields = {name: getattr(shape, name) for name in shape.__slots__}
-    text = canonical_json({**fields, "values": ENCODING, "digests": digests}).encode()
+    text = _described(shape, digests)
     length = _aligned(_PREAMBLE.size + len(text))
     text = text.ljust(length - _PREAMBLE.size, b"\0")
     return _PREAMBLE.pack(_MAGIC, FORMAT, length, _digest(FORMAT, length, text)) + text
+
+
+def _described(shape: ShardShape, digests: list[str]) -> bytes:
+    fields = {name: getattr(shape, name) for name in shape.__slots__}
+    return canonical_json({**fields, "values": ENCODING, "digests": digests}).encode()
 
 
 def _digest(number: int, length: int, text: bytes) -> bytes:
     return hashlib.sha256(struct.pack("<8sII", _MAGIC, number, length) + text).digest()
 
 
-def _checksum(digests: list[str]) -> str:
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+def _checksum(shape: ShardShape, digests: list[str]) -> str:
+    return hashlib.sha256(_described(shape, digests)).hexdigest()
 
 
 def _read_header(path: Path, raw: Array) -> tuple[ShardShape, list[str], int]:
@@ -363,14 +435,33 @@ def _read_header(path: Path, raw: Array) -> tuple[ShardShape, list[str], int]:
     if len(raw) < _PREAMBLE.size:
         raise damaged
     magic, number, length, digest = _PREAMBLE.unpack(raw[: _PREAMBLE.size].tobytes())
+    if magic != _MAGIC or not _PREAMBLE.size <= length <= min(len(raw), _LONGEST_HEADER) or length % _ALIGN:
+        raise damaged
     text = raw[_PREAMBLE.size : length].tobytes()
-    if magic != _MAGIC or length > len(raw) or _digest(number, length, text) != digest:
+    if _digest(number, length, text) != digest:
         raise damaged
     if number != FORMAT:
         raise InputError(f"{path} has shard format {number}, this version reads {FORMAT}; collect again with it")
-    fields: dict[str, Any] = json.loads(text.rstrip(b"\0"))
-    shape = ShardShape(**{name: int(fields[name]) for name in ShardShape.__slots__})
-    return shape, [str(part) for part in fields["digests"]], int(length)
+    try:
+        fields: dict[str, Any] = json.loads(text.rstrip(b"\0"))
+        return _shape(fields), [str(fields["digests"][part]) for part in range(len(_PARTS))], int(length)
+    except (ValueError, TypeError, LookupError, RecursionError):
+        raise CorruptError(f"{path} is damaged: its header describes no shard; collect again") from None
+
+
+def _shape(fields: dict[str, Any]) -> ShardShape:
+    """Return the shape a header gives. Raises ValueError, TypeError or LookupError where it gives none."""
+    numbers = {name: fields[name] for name in ShardShape.__slots__}
+    if not all(type(number) is int and 0 <= number < _LARGEST for number in numbers.values()):
+        raise ValueError
+    shape = ShardShape(**numbers)
+    ends = (shape.row_start + shape.n_rows) * shape.row_length, shape.latent_start + shape.n_latents
+    places = shape.n_latents * shape.n_rows * shape.row_length
+    if shape.bits not in (16, 32) or max(ends) >= _LARGEST or fields["values"] != ENCODING:
+        raise ValueError
+    if min(shape.n_rows, shape.row_length, shape.n_latents) < 1 or shape.n_firings > places:
+        raise ValueError
+    return shape
 
 
 def _joined(parts: list[Array], dtype: type[np.generic]) -> Array:

@@ -38,6 +38,8 @@ _UNPACK: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _BUFFER = 1 << 20
 _TABLE_ROWS = 256
+_DOCUMENT_BYTES = 1 << 32
+"""The largest text file or line: a document is held in memory whole."""
 
 
 def walk(folder: Path) -> list[Path]:
@@ -91,7 +93,7 @@ class FileSource(TextSource):
         return os.path.realpath(self.path)
 
     def check(self, column: str) -> None:
-        """Look at the first line, the table's columns or the array's header."""
+        """Look at the first line, the table's columns, the array's header, or the size of a text that is not packed."""
         if self._kind in _LINES:
             with contextlib.closing(self._line_documents(column)) as documents:
                 next(documents, None)
@@ -100,6 +102,8 @@ class FileSource(TextSource):
             _table(self.path, column).close()
         elif self._kind == ".npy":
             _id_array(self.path)
+        elif self.path.suffix.lower() not in _UNPACK and self.path.stat().st_size > _DOCUMENT_BYTES:
+            raise _too_large(self.path.as_posix())
 
     def documents(self, column: str) -> Iterator[TextDocument]:
         """Yield the lines, the table's rows, the array's rows, or the whole file."""
@@ -110,9 +114,7 @@ class FileSource(TextSource):
         elif self._kind == ".npy":
             yield from self._id_documents()
         else:
-            with self._open() as stream:
-                data = self._guarded(stream.read)
-            yield TextDocument(key=self.path.as_posix(), text=data.decode("utf-8-sig", errors="replace"))
+            yield TextDocument(key=self.path.as_posix(), text=self._text())
 
     def trace(self) -> dict[str, Any] | None:
         """Return path, size, time of change, and the SHA-256 of the first ``n_read`` bytes."""
@@ -141,11 +143,23 @@ class FileSource(TextSource):
         except _DAMAGED as error:
             raise InputError(f"{self.path} cannot be read: {error}; make the file again") from None
 
+    def _text(self) -> str:
+        """Return the whole file; its bytes are let go before the text is used."""
+        data = bytearray()
+        with self._open() as stream:
+            while block := self._guarded(lambda: stream.read(_BUFFER)):
+                data += block
+                if len(data) > _DOCUMENT_BYTES:  # what a packed file holds shows only here
+                    raise _too_large(self.path.as_posix())
+        return data.decode("utf-8-sig", errors="replace")
+
     def _line_documents(self, column: str) -> Generator[TextDocument]:
         with self._open() as stream:
             number = 0
-            while raw := self._guarded(stream.readline):
+            while raw := self._guarded(lambda: stream.readline(_DOCUMENT_BYTES + 1)):
                 number += 1
+                if len(raw) > _DOCUMENT_BYTES:
+                    raise _too_large(f"{self.path.as_posix()}:{number}")
                 line = raw.decode("utf-8-sig", errors="replace").strip()
                 if line:
                     yield _line_document(f"{self.path.as_posix()}:{number}", line, column)
@@ -177,6 +191,13 @@ class FileSource(TextSource):
         else:
             for number in range(len(ids)):
                 yield TextDocument(key=f"{name}:{number}", ids=ids[number])
+
+
+def _too_large(where: str) -> InputError:
+    return InputError(
+        f"{where} is one document of more than {_DOCUMENT_BYTES} bytes, which would be held in memory whole; cut it "
+        "into several files, or into the lines of a .jsonl file"
+    )
 
 
 def _line_document(where: str, line: str, column: str) -> TextDocument:

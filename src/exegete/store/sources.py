@@ -131,22 +131,22 @@ class TextStream(Iterator[TextDocument]):
         streams = {number: self._of(group) for number, group in enumerate(self._groups)}
         begins = dict.fromkeys(streams, 0.0)
         clock = 0.0
-        waiting: dict[int, TextDocument] = {}
+        waiting: dict[int, tuple[TextDocument, int]] = {}  # a size is counted once: it takes a pass over the text
         while True:
             for number in [n for n in streams if n not in waiting]:
                 document = next(streams[number], None)
                 if document is None:
                     del streams[number]
                 else:
-                    waiting[number] = document
+                    waiting[number] = document, document.size
             if not waiting:
                 break
             clock = max(clock, min(begins[number] for number in waiting))
-            ends = {n: begins[n] + d.size / self._groups[n].weight for n, d in waiting.items()}
+            ends = {n: begins[n] + size / self._groups[n].weight for n, (_, size) in waiting.items()}
             chosen = min((n for n in waiting if begins[n] <= clock), key=lambda n: (ends[n], n))
-            document = waiting.pop(chosen)
+            document, size = waiting.pop(chosen)
             begins[chosen] = ends[chosen]
-            clock += document.size / sum(self._groups[n].weight for n in streams)
+            clock += size / sum(self._groups[n].weight for n in streams)
             yield document
         self._complete = True
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import final
 import numpy as np
 
 from exegete.errors import CorruptError, NotFoundError
-from exegete.files import atomic_file
+from exegete.files import atomic_file, hash_file
+from exegete.store.checks import verify_once
 from exegete.store.values import LOWEST_EXPONENT, MANTISSA_BITS, decode_values
 from exegete.types import Array, LatentId, LatentStats
 
@@ -20,16 +23,17 @@ SUMMARY = "summary.npz"
 TOP_TOKENS = 10
 """Tokens whose counts a summary keeps for each latent, the most frequent ones."""
 _SPARSEST = 4  # cells per firing up to which a table of counts beats sorting
+_BINS = 1 << (16 - MANTISSA_BITS)
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Statistics of a run of latents, each array [latents] or [latents, …].
+    """Statistics of a run of latents, each array [latents] or [latents, …]; the latter in the least type that fits.
 
     ``counts`` int64 firings, ``maxima`` float32 (0 where silent), ``totals`` and ``sum_squares`` float64 of the values;
-    ``histogram`` [latents, bins] int64, firings by the power of two of their value, from 2^``lowest`` up;
-    ``top_tokens`` and ``top_counts`` [latents, 10] int64, the tokens a latent fires on most often (equally frequent
+    ``histogram`` [latents, bins] firings by the power of two of their value, from 2^``lowest`` up;
+    ``top_tokens`` and ``top_counts`` [latents, 10] the tokens a latent fires on most often (equally frequent
     ones in the order of their ids) and how often, −1 and 0 where there are fewer; ``distinct`` int64 different tokens;
     ``token_entropy`` float64 bits; ``first`` and ``last`` int64 firings at the first and at the last counted position
     of a document in its row.
@@ -50,6 +54,87 @@ class Summary:
 
 
 _PLAIN = tuple(f.name for f in dataclasses.fields(Summary) if f.name not in ("histogram", "lowest"))
+_WIDE = ("histogram", "top_tokens", "top_counts")
+_REAL = ("maxima", "totals", "sum_squares", "token_entropy")
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    EOFError,
+    OSError,
+    RuntimeError,  # NotImplementedError, RecursionError: a compression or an encryption that is none of ours
+    MemoryError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """What is known of one latent from some of its firings; tallies of all its firings add up to its summary.
+
+    ``largest`` is the largest code; ``bins`` int64 [64] counts exponent fields; ``tokens`` and ``often`` are the
+    different tokens, ascending, and how often each occurs; the rest is as in ``Summary``.
+    """
+
+    largest: int
+    total: float
+    sum_squares: float
+    bins: Array
+    tokens: Array
+    often: Array
+    first: int
+    last: int
+
+    def plus(self, other: Tally) -> Tally:
+        """Return the tally of these firings and of those after them."""
+        tokens, place = np.unique(np.concatenate([self.tokens, other.tokens]), return_inverse=True)
+        often: Array = np.zeros(len(tokens), np.int64)
+        np.add.at(often, place, np.concatenate([self.often, other.often]))
+        return Tally(
+            largest=max(self.largest, other.largest),
+            total=self.total + other.total,
+            sum_squares=self.sum_squares + other.sum_squares,
+            bins=self.bins + other.bins,
+            tokens=tokens,
+            often=often,
+            first=self.first + other.first,
+            last=self.last + other.last,
+        )
+
+    def summary(self) -> Summary:
+        """Return the summary of the latent, once all its firings are in."""
+        counts = np.array([self.bins.sum()], np.int64)
+        used = np.flatnonzero(self.bins)
+        lowest, beyond = int(used[0]), int(used[-1]) + 1
+        return Summary(
+            counts=counts,
+            maxima=decode_values(np.array([self.largest], np.uint16)),
+            totals=np.array([self.total]),
+            sum_squares=np.array([self.sum_squares]),
+            histogram=_narrow(self.bins[None, lowest:beyond]),
+            lowest=lowest + LOWEST_EXPONENT,
+            first=np.array([self.first], np.int64),
+            last=np.array([self.last], np.int64),
+            **_token_profile(np.zeros(len(self.tokens), np.int64), self.tokens, self.often, counts),
+        )
+
+
+def tally(codes: Array, tokens: Array, ends: Array) -> Tally:
+    """Count some firings of one latent, at least one; the arrays are those of ``summarise``."""
+    values = decode_values(codes).astype(np.float64)
+    _, different, often = _token_counts(np.zeros(len(tokens), np.int64), tokens, 1)
+    return Tally(
+        largest=int(codes.max()),
+        total=float(values.sum()),
+        sum_squares=float((values * values).sum()),
+        bins=np.bincount(codes >> MANTISSA_BITS, minlength=_BINS),
+        tokens=different,
+        often=often,
+        first=int((ends & 1).sum(dtype=np.int64)),
+        last=int((ends >> 1).sum(dtype=np.int64)),
+    )
 
 
 def summarise(offsets: Array, codes: Array, tokens: Array, ends: Array) -> Summary:
@@ -71,11 +156,11 @@ def summarise(offsets: Array, codes: Array, tokens: Array, ends: Array) -> Summa
         maxima=np.where(counts > 0, decode_values(_reduced(np.maximum, codes, offsets)), np.float32(0)),
         totals=_reduced(np.add, values, offsets),
         sum_squares=_reduced(np.add, values * values, offsets),
-        histogram=np.bincount(bins, minlength=n * n_bins).reshape(n, n_bins),
+        histogram=_narrow(np.bincount(bins, minlength=n * n_bins).reshape(n, n_bins)),
         lowest=lowest + LOWEST_EXPONENT,
         first=_reduced(np.add, (ends & 1).astype(np.int64), offsets),
         last=_reduced(np.add, (ends >> 1).astype(np.int64), offsets),
-        **_token_profile(owner, tokens, counts),
+        **_token_profile(*_token_counts(owner, tokens, n), counts),
     )
 
 
@@ -96,11 +181,10 @@ def _span(codes: Array) -> tuple[int, int]:
     return lowest, highest - lowest + 1
 
 
-def _token_profile(owner: Array, tokens: Array, counts: Array) -> dict[str, Array]:
-    """Return the token fields of a summary."""
+def _token_profile(latent: Array, token: Array, often: Array, counts: Array) -> dict[str, Array]:
+    """Return the token fields of a summary from how often every (latent, token) occurs, in order."""
     n = len(counts)
     top_tokens, top_counts = np.full((n, TOP_TOKENS), -1, np.int64), np.zeros((n, TOP_TOKENS), np.int64)
-    latent, token, often = _token_counts(owner, tokens, n)
     distinct = np.bincount(latent, minlength=n)
     share = often / counts[latent]
     entropy = np.abs(np.bincount(latent, weights=-share * np.log2(share), minlength=n))
@@ -109,7 +193,12 @@ def _token_profile(owner: Array, tokens: Array, counts: Array) -> dict[str, Arra
     rank = np.arange(len(latent)) - (np.cumsum(distinct) - distinct)[latent]
     kept = rank < TOP_TOKENS
     top_tokens[latent[kept], rank[kept]], top_counts[latent[kept], rank[kept]] = token[kept], often[kept]
-    return {"top_tokens": top_tokens, "top_counts": top_counts, "distinct": distinct, "token_entropy": entropy}
+    return {
+        "top_tokens": _narrow(top_tokens),
+        "top_counts": _narrow(top_counts),
+        "distinct": distinct,
+        "token_entropy": entropy,
+    }
 
 
 def _token_counts(owner: Array, tokens: Array, n: int) -> tuple[Array, Array, Array]:
@@ -145,7 +234,8 @@ def joined(parts: Sequence[Summary]) -> Summary:
     used = [part for part in parts if part.histogram.shape[1]]
     lowest = min((part.lowest for part in used), default=0)
     beyond = max((part.lowest + part.histogram.shape[1] for part in used), default=0)
-    histogram = np.zeros((len(fields["counts"]), beyond - lowest), np.int64)
+    kind = np.result_type(np.int8, *(part.histogram.dtype for part in parts))
+    histogram = np.zeros((len(fields["counts"]), beyond - lowest), kind)
     row = 0
     for part in parts:
         n, bins = part.histogram.shape
@@ -179,31 +269,58 @@ def latent_stats(summary: Summary, row: int, latent: LatentId, *, n_positions: i
     )
 
 
-def save_summary(folder: Path, summary: Summary) -> None:
-    """Write the summary of a store, atomically."""
+def save_summary(folder: Path, summary: Summary) -> str:
+    """Write the summary of a store, atomically, and return its checksum, which belongs into the manifest."""
     with atomic_file(folder / SUMMARY) as stream:
         fields = {name: _narrow(getattr(summary, name)) for name in (*_PLAIN, "histogram")}
         np.savez_compressed(stream, allow_pickle=False, **fields, lowest=np.int64(summary.lowest))
+    return hash_file(folder / SUMMARY)
 
 
-def load_summary(folder: Path) -> Summary:
-    """Read a store's summary. Raises NotFoundError or CorruptError naming the file."""
+def load_summary(folder: Path, sha256: str, width: int) -> Summary:
+    """Read the summary of a store of so many latents. Raises NotFoundError or CorruptError naming the file.
+
+    ``sha256`` is what ``save_summary`` returned, empty where nobody kept it.
+    """
+    fields = _members(folder, sha256, width, (*_PLAIN, "histogram", "lowest"))
+    lowest = fields.pop("lowest")
+    right = all(array.shape[:1] == (width,) and array.ndim == 1 + (name in _WIDE) for name, array in fields.items())
+    right &= all(array.dtype.kind == ("f" if name in _REAL else "i") for name, array in fields.items())
+    right &= fields["top_tokens"].shape == fields["top_counts"].shape
+    if not right or lowest.shape != () or lowest.dtype.kind != "i" or abs(int(lowest)) > _BINS:
+        raise CorruptError(f"{folder / SUMMARY} is not that of this store; delete the store and collect again")
+    return Summary(**fields, lowest=int(lowest))
+
+
+def load_counts(folder: Path, sha256: str, width: int) -> Array:
+    """Read nothing but the firings of every latent, int64 [width], as ``load_summary`` does."""
+    return _members(folder, sha256, width, ("counts",))["counts"]
+
+
+def _members(folder: Path, sha256: str, width: int, names: Sequence[str]) -> dict[str, Array]:
+    """Read some arrays of a summary, those of one dimension in their wide types."""
     path = folder / SUMMARY
     try:
-        with np.load(path, allow_pickle=False) as data:
-            fields = {name: _wide(data[name]) for name in (*_PLAIN, "histogram")}
-            return Summary(**fields, lowest=int(data["lowest"]))
+        if sha256:
+            verify_once(path, sha256)
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
+            largest = max((item.file_size for item in data.zip.infolist()), default=0)
+            if largest > 8 * _BINS * (width + 64):
+                raise ValueError("it holds an array too large for this store")
+            return {name: data[name] if name in _WIDE else _wide(data[name]) for name in names}
     except FileNotFoundError:
         raise NotFoundError(f"there is no {path}") from None
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise CorruptError(f"{path} is damaged: {error}; delete it and collect again") from error
 
 
 def _narrow(array: Array) -> Array:
-    """Return whole numbers in the smallest type that holds them; a summary of a wide coder is mostly small ones."""
+    """Return whole numbers in the smallest signed type that holds them; a summary is mostly small ones."""
     if array.dtype.kind != "i" or not array.size:
         return array
-    return array.astype(np.result_type(np.min_scalar_type(array.min()), np.min_scalar_type(array.max())))
+    low, high = int(array.min()), int(array.max())
+    kinds = (np.int8, np.int16, np.int32, np.int64)
+    return array.astype(next(kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max))
 
 
 def _wide(array: Array) -> Array:

@@ -31,6 +31,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 ROLES = "mask.npy"
 SOURCES = "sources.json"
+_BLOCK = 1 << 16
 
 Attend = Literal["row", "document"]
 
@@ -158,9 +159,10 @@ class Corpus:
     @cached_property
     def _first_segments(self) -> Array:
         """The first segment of every row, and the number of segments [n_rows + 1], int64."""
-        rows = np.ascontiguousarray(self.segments[:, 0])
-        found: Array = np.searchsorted(rows, np.arange(self.n_rows + 1))
-        return found
+        found: Array = np.zeros(self.n_rows + 1, np.int64)
+        for start in range(0, len(self.segments), _BLOCK):  # no copy of a whole column, however long
+            np.add.at(found, self.segments[start : start + _BLOCK, 0] + 1, 1)
+        return np.cumsum(found, out=found)
 
     def rows(self, index: slice | Sequence[int] | Array) -> Rows:
         """Return rows by a slice or by their indices, in that order, copied from disk."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from exegete.errors import CorruptError
 from exegete.files import hash_file, hash_json, read_json
 
 _PASSING = ("_name_or_path", "transformers_version", "_commit_hash", "architectures")
@@ -18,7 +19,10 @@ def folder_hash(folder: Path) -> str | None:
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not weights:
         return None
-    config = {k: v for k, v in read_json(folder / "config.json").items() if k not in _PASSING}
+    settings = read_json(folder / "config.json")
+    if not isinstance(settings, dict):
+        raise CorruptError(f"{folder / 'config.json'} does not hold settings")
+    config = {k: v for k, v in settings.items() if k not in _PASSING}
     return hash_json({"config": config, "weights": {path.name: hash_file(path) for path in weights}})
 
 

@@ -34,7 +34,7 @@ def randomised(subject: Subject, seed: int) -> Subject:
             draw = stream(seed, name, "randomise")
             if parameter.ndim >= 2:
                 new = torch.from_numpy(draw.standard_normal(tuple(parameter.shape), dtype="float32")).double()
-                new *= parameter.detach().double().cpu().norm() / new.norm().clamp_min(1e-300)
+                new *= parameter.detach().cpu().double().norm() / new.norm().clamp_min(1e-300)
                 parameter.copy_(new)
             elif parameter.ndim == 1:
                 order = torch.from_numpy(draw.permutation(len(parameter))).to(parameter.device)

@@ -51,6 +51,14 @@ class Subject:
             raise InputError(f"{name} carries a state from token to token, which does not compile; leave out compile")
         self._compiled = None if backend is None else CompiledLayers(self._layers, backend)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process needs; compiled layers are compiled anew there."""
+        return {**self.__dict__, "_compiled": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._compiled = None if self._backend is None else CompiledLayers(self._layers, self._backend)
+
     @cached_property
     def hash(self) -> str:
         """Content hash of config and weights, 16 hex digits: of the files where there are any, else of the tensors."""
