@@ -103,9 +103,9 @@ def read_json(path: Path, *, most_bytes: int = 1 << 26) -> Any:
     try:
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            # A device says it is empty: read a little more than a file of this size would hold.
-            data = stream.read(min(max(size, 1 << 16), most_bytes) + 1) if size <= most_bytes else None
-        if data is None or len(data) > max(size, 1 << 16):
+            room = min(max(size, 1 << 16), most_bytes)  # a device says it is empty
+            data = stream.read(room + 1) if size <= most_bytes else None
+        if data is None or len(data) > room:
             raise CorruptError(f"{path} is larger than the {most_bytes} bytes that are read of such a file; replace it")
         return json.loads(data.decode("utf-8"))
     except FileNotFoundError:
