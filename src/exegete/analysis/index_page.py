@@ -289,7 +289,9 @@ def _curves(coder: CoderSummary, explainer: ExplainerSummary) -> _Group:
         line = Line(label="share of activation mass the rule covers", style="r-trained", points=explainer.mass)
         svg = curves([line], [str(d + 1) for d in range(len(explainer.mass))], "decile of firings, 1 the strongest")
         figures.append(
-            _figure("Executed rules: activation mass covered", svg, "Median over latents, the document in its row in view.")
+            _figure(
+                "Executed rules: activation mass covered", svg, "Median over latents, the document in its row in view."
+            )
         )
     return _Group(name=_heading(coder, explainer), figures=figures)
 
