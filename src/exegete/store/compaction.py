@@ -184,6 +184,7 @@ def _merge(
     with ShardWriter.open(folder / entry.file, shape) as writer:
         for span in parts:
             writer.append(*read(_all(manifest, opened), span, row), more=span.more)
+            opened.release()
         return dataclasses.replace(entry, sha256=writer.finish(excluded))
 
 

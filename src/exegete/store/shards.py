@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import struct
 import threading
 from collections import OrderedDict
@@ -111,6 +112,11 @@ class Shard:
     positions: Array
     codes: Array
     excluded: Array
+
+    def release(self) -> None:
+        """Take what was read out of this process's memory; it stays in the system's cache of the file."""
+        mapped: Any = self.offsets
+        mapped._mmap.madvise(mmap.MADV_DONTNEED)
 
     def counts(self) -> Array:
         """Return the firings of each of its latents, int64 [n_latents]."""
@@ -325,6 +331,12 @@ class OpenShards:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def release(self) -> None:
+        """Take what was read of the open shards out of this process's memory."""
+        with self._lock:
+            for shard in self._open.values():
+                shard.release()
 
     def get(self, entry: ShardEntry) -> Shard:
         """Return a shard that a manifest lists.

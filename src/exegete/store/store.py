@@ -44,6 +44,7 @@ _CHUNK = 1 << 19
 """Firings of one latent that are summed up at once; sums depend on it, and on nothing else of how they are read."""
 _LATENTS = 1 << 16
 _MOST_THREADS = 16
+_KEPT = 64  # runs whose pages stay mapped, about 130 MB
 _MARKED = 1 << 20  # positions whose documents are looked at at once
 
 Found = TypeVar("Found")
@@ -205,7 +206,7 @@ class Store:
         streams = [hashlib.sha256() for _ in range(2)]
         with ThreadPoolExecutor(threads) as pool, self._ends() as ends:
             spans = self._spans(counts, 0)
-            results = ahead(pool, lambda span: self._counted(span, ends), spans, threads)
+            results = self._released(ahead(pool, lambda span: self._counted(span, ends), spans, threads))
             parts = list(_whole(_hashed(results, streams)))
         summary = joined(parts)
         parts.clear()
@@ -213,6 +214,14 @@ class Store:
         digests = [hashlib.sha256(counts.astype("<i8").tobytes()).hexdigest()]
         digests += [*(stream.hexdigest() for stream in streams), excluded]
         return summary, hash_json([digests, self.width, self.row_length, self.manifest.values])
+
+    def _released(self, results: Iterator[Read]) -> Iterator[Read]:
+        """Pass results on, and let go of the mapped pages behind them: bulk reading must not fill the memory."""
+        for number, result in enumerate(results, start=1):
+            if number % _KEPT == 0:
+                self._shards.release()
+            yield result
+        self._shards.release()
 
     def _summaries(self, indices: Sequence[int]) -> Iterator[Summary]:
         """Yield the summary of each of these latents, read one by one."""
