@@ -49,13 +49,11 @@ class Activation(ABC):
         """Return what fires; entries that are not positive do not. ``pre`` may be overwritten."""
 
 
-@final
 @dataclass(frozen=True, slots=True)
-class TopK(Activation):
-    """The k largest positive pre-activations (Gao et al., arXiv 2406.04093)."""
+class _FixedK(Activation, ABC):
+    """A rule under which at most ``count`` latents fire on one input."""
 
     count: int
-    name = "topk"
 
     @property
     def k(self) -> int:
@@ -72,6 +70,14 @@ class TopK(Activation):
         if not 1 <= self.count <= width:
             raise InputError(f"{what} has k = {self.count}; it must lie between 1 and its width {width}")
 
+
+@final
+@dataclass(frozen=True, slots=True)
+class TopK(_FixedK):
+    """The k largest positive pre-activations (Gao et al., arXiv 2406.04093)."""
+
+    name = "topk"
+
     def sparse(self, pre: torch.Tensor) -> Part:
         """Return the k largest, strongest first; zeros fill up where fewer are positive."""
         return kernels.positive(kernels.largest(pre, self.count))
@@ -79,26 +85,14 @@ class TopK(Activation):
 
 @final
 @dataclass(frozen=True, slots=True)
-class GroupMax(Activation):
+class GroupMax(_FixedK):
     """The largest of each of k equal groups of neighbouring latents, where positive (sparsify's ``groupmax``)."""
 
-    count: int
     name = "groupmax"
-
-    @property
-    def k(self) -> int:
-        """Groups: as many latents fire at most."""
-        return self.count
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Name and k."""
-        return {"activation": self.name, "k": self.count}
 
     def check(self, what: str, width: int) -> None:
         """Raise InputError unless k divides the width."""
-        if not 1 <= self.count <= width:
-            raise InputError(f"{what} has k = {self.count}; it must lie between 1 and its width {width}")
+        _FixedK.check(self, what, width)
         if width % self.count:
             raise InputError(f"{what} has groupmax with k = {self.count}, which does not divide its width {width}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
 from exegete.errors import InputError, MismatchError
@@ -10,6 +11,8 @@ from exegete.types import Side, SparseCode
 
 if TYPE_CHECKING:
     import torch
+
+    from exegete.coders.kernels import Part
 
 Point = tuple[str, Side]
 """A hookpoint and the side of its module."""
@@ -78,6 +81,23 @@ class SparseCoder(ABC):
     @abstractmethod
     def placed(self, *, name: str | None = None, point: Point | None = None, target: Point | None = None) -> Self:
         """Return this coder under another name, or reading and reconstructing at other points."""
+
+    def _encoded(self, x: torch.Tensor, across: int, encode: Callable[[torch.Tensor], Part]) -> SparseCode:
+        """Encode ``x`` [n, d_in] part by part and check it and what comes of it; ``across`` sizes the parts."""
+        import torch
+
+        from exegete.coders import kernels
+
+        self._require_input(x)
+        x = x.to(self.device, self.dtype)
+        rows = kernels.rows_at_once(across, self.device)
+        found = kernels.joined([encode(part) for part in torch.split(x, rows)])
+        if not kernels.finite(found.values):
+            raise InputError(f"coder {self.name!r} at {self.hookpoint!r} overflows {self.dtype}; load it in float32")
+        offsets = None
+        if found.counts is not None:
+            offsets = torch.nn.functional.pad(found.counts.cumsum(0), (1, 0))
+        return SparseCode(indices=found.indices, values=found.values, width=self.width, offsets=offsets)
 
     def _require_input(self, x: torch.Tensor) -> None:
         from exegete.coders.kernels import finite

@@ -9,7 +9,6 @@ from typing import Any, Literal, final, get_args
 import torch
 from torch.nn.functional import embedding_bag, linear
 
-from exegete.coders import kernels
 from exegete.coders.activations import Activation
 from exegete.coders.coder import Point, SparseCoder
 from exegete.coders.kernels import Part
@@ -157,17 +156,7 @@ class LinearCoder(SparseCoder):
         earned hold the value 0; else ragged. The dense activations of a bounded number of inputs exist at a time.
         Raises MismatchError for another d_in, InputError when an input or a value is not finite.
         """
-        self._require_input(x)
-        x = x.to(self.device, self.dtype)
-        rows = kernels.rows_at_once(self.width, self.device)
-        parts = [self._encode(part) for part in torch.split(x, rows)]
-        found = kernels.joined(parts)
-        if not kernels.finite(found.values):
-            raise InputError(f"coder {self.name!r} at {self.hookpoint!r} overflows {self.dtype}; load it in float32")
-        offsets = None
-        if found.counts is not None:
-            offsets = torch.nn.functional.pad(found.counts.cumsum(0), (1, 0))
-        return SparseCode(indices=found.indices, values=found.values, width=self.width, offsets=offsets)
+        return self._encoded(x, self.width, self._encode)
 
     def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
         """Return the dense pre-activations [n, width] of ``x`` [n, d_in], for measuring near ties and thresholds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, NoReturn, final
@@ -108,7 +108,7 @@ def load_coder(
     chosen = found[0].place.hookpoint or hookpoint
     if chosen is None:
         raise InputError(f"{spec!r} does not say where it reads; give its hookpoint, such as layers.3")
-    return load_planned(found[0], name or parsed.name or safe_name(chosen), chosen, device, dtype)
+    return _load(found[0], name or parsed.name or safe_name(chosen), chosen, device, dtype)
 
 
 def load_coders(
@@ -129,12 +129,15 @@ def load_coders(
     """
     loaded: dict[str, SparseCoder] = {}
     for parsed, found, name, hookpoint in planned([spec] if isinstance(spec, str) else list(spec), hookpoints):
-        if name in loaded:
-            raise InputError(
-                f"two coders are called {name!r} (the second is {parsed.where!r}); name one of them with NAME=SPEC"
-            )
-        loaded[name] = load_planned(found, name, hookpoint, device, dtype)
+        require_new(loaded, name, parsed.where)
+        loaded[name] = _load(found, name, hookpoint, device, dtype)
     return loaded
+
+
+def require_new(coders: Container[str], name: str, where: str) -> None:
+    """Raise InputError when one of the coders has the name already; ``where`` says which is the second."""
+    if name in coders:
+        raise InputError(f"two coders are called {name!r} (the second is {where!r}); name one of them with NAME=SPEC")
 
 
 def inspect_coders(spec: str | Sequence[str], hookpoints: Sequence[str] = ()) -> list[CoderInfo]:
@@ -271,7 +274,7 @@ def _exists(path: str) -> bool:
     return os.path.exists(os.path.expanduser(path))
 
 
-def load_planned(
+def _load(
     found: Found, name: str, hookpoint: str, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> SparseCoder:
     """Load a coder that was found, under a name and reading at a hookpoint. Raises InputError or CorruptError."""

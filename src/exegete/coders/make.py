@@ -11,8 +11,7 @@ import torch
 from exegete.coders.builtin import BuiltinSpec, build_builtin, parse_builtin
 from exegete.coders.coder import SparseCoder
 from exegete.coders.fit import fit_coder
-from exegete.coders.load import load_planned, planned
-from exegete.errors import InputError
+from exegete.coders.load import load_coders, require_new
 from exegete.files import safe_name
 from exegete.types import Rows
 
@@ -53,7 +52,6 @@ def make_coders(
         InputError: When a spec is not understood, nothing is where it says, or two coders would have one name;
             MismatchError when a coder does not fit the subject; CorruptError when files are damaged.
     """
-    made: dict[str, SparseCoder] = {}
     files: list[str] = []
     builtins: list[tuple[str | None, BuiltinSpec]] = []
     for text in specs:
@@ -62,9 +60,7 @@ def make_coders(
             files.append(text)
         else:
             builtins.append((name, builtin))
-    plan = planned(files, hookpoints) if files else []
-    for parsed, found, name, hookpoint in plan:
-        _put(made, name, load_planned(found, name, hookpoint), parsed.where)
+    made = load_coders(files, hookpoints) if files else {}
     for given, builtin in builtins:
         built = build_builtin(
             builtin,
@@ -77,16 +73,11 @@ def make_coders(
         )
         for own, coder in built.items():
             name = own if given is None else given if len(built) == 1 else safe_name(f"{given}-{coder.hookpoint}")
-            _put(made, name, coder.placed(name=name), builtin.kind)
+            require_new(made, name, builtin.kind)
+            made[name] = coder.placed(name=name)
     kind = getattr(torch, dtype)
     fitted = {name: fit_coder(coder, subject, other_model=other_model) for name, coder in made.items()}
     return {name: coder.to(coder.device, kind) for name, coder in fitted.items()}
-
-
-def _put(made: dict[str, SparseCoder], name: str, coder: SparseCoder, where: str) -> None:
-    if name in made:
-        raise InputError(f"two coders are called {name!r} (the second is {where!r}); name one of them with NAME=SPEC")
-    made[name] = coder
 
 
 def _builtin(text: str) -> tuple[str | None, BuiltinSpec | None]:

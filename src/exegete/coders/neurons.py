@@ -134,16 +134,7 @@ class NeuronCoder(SparseCoder):
 
         Raises MismatchError for another d, InputError when an input or a value is not finite.
         """
-        self._require_input(x)
-        x = x.to(self.device, self.dtype)
-        rows = kernels.rows_at_once(self.d_in, self.device)
-        found = kernels.joined([self._encode(part) for part in torch.split(x, rows)])
-        if not kernels.finite(found.values):
-            raise InputError(f"coder {self.name!r} at {self.hookpoint!r} overflows {self.dtype}; use float32")
-        offsets = None
-        if found.counts is not None:
-            offsets = torch.nn.functional.pad(found.counts.cumsum(0), (1, 0))
-        return SparseCode(indices=found.indices, values=found.values, width=self.width, offsets=offsets)
+        return self._encoded(x, self.d_in, self._encode)
 
     def _encode(self, x: torch.Tensor) -> Part:
         x = x if self.rotation is None else x @ self.rotation.T

@@ -61,12 +61,13 @@ def collect_firings(
             held.enter_context(RunLock(base / name))
         held.enter_context(torch.inference_mode())
         moved = {name: coder.to(subject.device) for name, coder in coders.items()}
-        n_rows = plan.batch_rows(subject, moved, corpus, base, config)
-        threads = plan.threads_of(coders, base, config, subject.device.type, n_workers)
+        begun = plan.begun_manifests(coders, base)
+        n_rows = plan.batch_rows(subject, moved, corpus, base, begun, config)
+        threads = plan.threads_of(begun, config, subject.device.type, n_workers)
         jobs = {}
         for name, coder in coders.items():
             fresh = plan.fresh_manifest(name, subject, coder, corpus, base, n_rows, threads, config)
-            job = Job(base / name, fresh, moved[name])
+            job = Job(base / name, begun.get(name), fresh, moved[name])
             if job.begun:
                 plan.require_key(job.folder, job.manifest, fresh, config)
             if not job.manifest.complete:

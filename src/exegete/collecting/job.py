@@ -14,7 +14,7 @@ from exegete.coders.coder import Point, SparseCoder
 from exegete.errors import InputError
 from exegete.files import fault_point
 from exegete.store.compaction import settle
-from exegete.store.manifest import MANIFEST, ShardEntry, StoreManifest, load_manifest, save_manifest
+from exegete.store.manifest import ShardEntry, StoreManifest, save_manifest
 from exegete.store.shards import ShardBuilder
 from exegete.store.stats import save_summary
 from exegete.store.store import Store
@@ -37,11 +37,11 @@ Listing = Callable[[ShardEntry], None]
 class Job:
     """A store that is being collected: its manifest and its coder. The only one that writes the manifest."""
 
-    def __init__(self, folder: Path, fresh: StoreManifest, coder: SparseCoder) -> None:
+    def __init__(self, folder: Path, begun: StoreManifest | None, fresh: StoreManifest, coder: SparseCoder) -> None:
         self.folder = folder
         self.coder = coder
-        self.begun = (folder / MANIFEST).exists()
-        self.manifest = load_manifest(folder) if self.begun else fresh
+        self.begun = begun is not None
+        self.manifest = fresh if begun is None else begun
 
     @property
     def point(self) -> Point:
@@ -98,7 +98,7 @@ class Gathering:
         self.missing = missing
         self._folder, self._manifest, self._listing = folder, manifest, listing
         self._firings = max(1, min(shard_bytes // FIRING_BYTES, MOST_FIRINGS))
-        self._rows = None if shard_rows is None else shard_rows
+        self._rows = shard_rows
         self._builder: ShardBuilder | None = None
         self._n_positions = 0
         self._failed = False

@@ -73,8 +73,10 @@ class Batch:
         return self.mask & (self.norms[point] <= limit)
 
     def inputs(self, point: Point, counted: torch.Tensor) -> torch.Tensor:
-        """Return the activations [n, d] at the counted positions, in order."""
+        """Return the activations [n, d] at the counted positions, in order; not copied where all count."""
         flat = self.activations[point].flatten(0, 1)
+        if bool(counted.all()):
+            return flat
         return flat.index_select(0, counted.flatten().nonzero().squeeze(1).to(flat.device))
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from math import isfinite
 from pathlib import Path
@@ -56,8 +56,18 @@ def check(subject: ReadableSubject, coders: Mapping[str, SparseCoder], corpus: C
             )
 
 
+def begun_manifests(coders: Iterable[str], base: Path) -> dict[str, StoreManifest]:
+    """Return the manifests of the stores that are begun, by coder."""
+    return {name: load_manifest(base / name) for name in coders if (base / name / MANIFEST).exists()}
+
+
 def batch_rows(
-    subject: ReadableSubject, coders: Mapping[str, SparseCoder], corpus: Corpus, base: Path, config: CollectConfig
+    subject: ReadableSubject,
+    coders: Mapping[str, SparseCoder],
+    corpus: Corpus,
+    base: Path,
+    begun: Mapping[str, StoreManifest],
+    config: CollectConfig,
 ) -> int:
     """Return the rows of a batch: as told, as begun, or on a GPU the fastest that fit.
 
@@ -65,7 +75,6 @@ def batch_rows(
     """
     if config.batch_tokens is not None:
         return max(1, config.batch_tokens // corpus.row_length)
-    begun = {name: load_manifest(base / name) for name in coders if (base / name / MANIFEST).exists()}
     rows = {int(m.batch_plan["rows"]) for m in begun.values() if m.row_length == corpus.row_length}
     if len(rows) > 1:
         raise MismatchError(
@@ -121,14 +130,11 @@ def fastest(attempt: Callable[[int], None], *, least: int, most: int) -> int:
     return best
 
 
-def threads_of(
-    coders: Mapping[str, SparseCoder], base: Path, config: CollectConfig, device: str, n_workers: int
-) -> int:
+def threads_of(begun: Mapping[str, StoreManifest], config: CollectConfig, device: str, n_workers: int) -> int:
     """Return the CPU threads of a pass: as begun, as told, or all, shared among the processes of a CPU."""
     import torch
 
-    begun = [load_manifest(base / name) for name in coders if (base / name / MANIFEST).exists()]
-    for manifest in begun:
+    for manifest in begun.values():
         if not manifest.complete:
             return manifest.threads
     share = n_workers if device == "cpu" else 1
@@ -199,8 +205,9 @@ def begin(jobs: Sequence[Job], subject: ReadableSubject, corpus: Corpus, config:
     for job in jobs:
         limit = _norm_limit(batch, job, config.sink_norm)
         counted = batch.counted(job.point, np.inf if limit is None else limit)
-        transposed = _settle(job, batch, counted)
-        fvu, l0 = _quality(job, batch, counted)
+        x, target = batch.inputs(job.point, counted), batch.inputs(job.coder.target, counted)
+        transposed = _settle(job, x, target)
+        fvu, l0 = _quality(job, x, target)
         quality = {name: value for name, value in (("fvu", fvu), ("l0", l0)) if value is not None and isfinite(value)}
         n_sinks = int((batch.mask & ~counted).sum())
         if n_sinks:
@@ -227,7 +234,7 @@ def _norm_limit(batch: Batch, job: Job, multiple: float) -> float | None:
     return limit if isfinite(limit) else None
 
 
-def _settle(job: Job, batch: Batch, counted: torch.Tensor) -> bool | None:
+def _settle(job: Job, x: torch.Tensor, target: torch.Tensor) -> bool | None:
     """Turn a skip connection whose file does not say how it lies; return whether it was turned, None if it is sure.
 
     It takes no part in encoding, so that the firings are the same either way.
@@ -237,7 +244,7 @@ def _settle(job: Job, batch: Batch, counted: torch.Tensor) -> bool | None:
 
     if not isinstance(job.coder, LinearCoder) or not job.coder.skip_undecided:
         return None
-    found = oriented(job.coder, batch.inputs(job.point, counted), batch.inputs(job.coder.target, counted))
+    found = oriented(job.coder, x, target)
     job.coder = found.coder
     return found.transposed
 
@@ -250,12 +257,12 @@ def _first_rows(corpus: Corpus) -> tuple[int, int]:
     return start, min(start + size, len(corpus))
 
 
-def _quality(job: Job, batch: Batch, counted: torch.Tensor) -> tuple[float | None, float | None]:
+def _quality(job: Job, x: torch.Tensor, target: torch.Tensor) -> tuple[float | None, float | None]:
     """Return FVU and L0, None where they cannot be measured."""
     from exegete.coders.quality import fvu_and_l0
 
     try:
-        return fvu_and_l0(job.coder, batch.inputs(job.point, counted), batch.inputs(job.coder.target, counted))
+        return fvu_and_l0(job.coder, x, target)
     except InputError as error:
         _log.info("the reconstruction of coder %s cannot be measured: %s", job.manifest.name, error)
         return None, None

@@ -283,11 +283,7 @@ class ShardWriter:
         latent, positions ascending. With ``more`` the last of these latents goes on with the next call.
         """
         shape = self.shape
-        cells = counts.astype(np.int64)
-        if shape.blocks > 1:
-            latent = np.repeat(np.arange(len(counts), dtype=np.int64) * shape.blocks, counts)
-            latent += positions >> shape.bits
-            cells = np.bincount(latent, minlength=len(counts) * shape.blocks)
+        cells = counts.astype(np.int64) if shape.blocks == 1 else _cells(counts, positions, shape)
         cells[: shape.blocks] += self._begun
         ended = self._n_firings - int(self._begun.sum())
         whole = len(cells) - (shape.blocks if more else 0)
@@ -316,6 +312,21 @@ class ShardWriter:
         self._stream.seek(self._cursors[part])
         self._stream.write(raw)
         self._cursors[part] += len(raw)
+
+
+def _cells(counts: Array, positions: Array, shape: ShardShape) -> Array:
+    """Return the firings of every latent in every block, int64 [latents · blocks].
+
+    Positions ascend within a latent, so that a cell is one run of them, and only its beginning need be looked for.
+    """
+    cells: Array = np.zeros(len(counts) * shape.blocks, np.int64)
+    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    block = (positions >> shape.bits).astype(np.int32, copy=False)
+    turns = np.flatnonzero(block[1:] != block[:-1]) + 1
+    begins = np.union1d(turns, offsets[:-1][counts > 0])
+    latent = np.searchsorted(offsets, begins, side="right") - 1
+    cells[latent * shape.blocks + block[begins]] = np.diff(begins, append=len(positions))
+    return cells
 
 
 @final

@@ -188,9 +188,12 @@ def _token_profile(latent: Array, token: Array, often: Array, counts: Array) -> 
     distinct = np.bincount(latent, minlength=n)
     share = often / counts[latent]
     entropy = np.abs(np.bincount(latent, weights=-share * np.log2(share), minlength=n))
+    held = _leading(latent, often, n)
+    latent, token, often = latent[held], token[held], often[held]
     order = _most_first(latent, token, often)
     latent, token, often = latent[order], token[order], often[order]
-    rank = np.arange(len(latent)) - (np.cumsum(distinct) - distinct)[latent]
+    leading = np.bincount(latent, minlength=n)
+    rank = np.arange(len(latent)) - (np.cumsum(leading) - leading)[latent]
     kept = rank < TOP_TOKENS
     top_tokens[latent[kept], rank[kept]], top_counts[latent[kept], rank[kept]] = token[kept], often[kept]
     return {
@@ -215,6 +218,20 @@ def _token_counts(owner: Array, tokens: Array, n: int) -> tuple[Array, Array, Ar
         found, often = keys[begins].astype(np.int64), np.diff(np.append(begins, len(keys)))
     latent, token = np.divmod(found, width)
     return latent, token, often
+
+
+def _leading(latent: Array, often: Array, n: int) -> Array:
+    """Return where a token may be among the most frequent of its latent: few places, so that little is sorted.
+
+    A latent keeps the powers of two from the highest on which, together, the wanted number of tokens reach.
+    """
+    level = np.frexp(often.astype(np.float32))[1]
+    levels = int(level.max(initial=0)) + 1
+    reached = np.bincount(latent * levels + level, minlength=n * levels).reshape(n, levels)
+    reached = reached[:, ::-1].cumsum(axis=1)[:, ::-1]
+    least = np.maximum((reached >= TOP_TOKENS).sum(axis=1) - 1, 0)
+    held: Array = np.flatnonzero(level >= least[latent])
+    return held
 
 
 def _most_first(latent: Array, token: Array, often: Array) -> Array:
