@@ -4,7 +4,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-collect oracles train setup clean
+.PHONY: demo test lint bench bench-collect bench-examples bench-llm oracles train setup clean
 
 setup: .venv/ready
 
@@ -50,6 +50,14 @@ bench-collect: setup
 	-$(MAKE) $(PEER)/ready
 	$(BIN)/python -m benchmarks.collect
 
+bench-examples: setup
+	-$(MAKE) $(PEER)/ready
+	$(BIN)/python -m benchmarks.examples
+
+bench-llm: setup
+	-$(MAKE) $(PEER)/ready
+	$(BIN)/python -m benchmarks.llm
+
 # What libraries that cannot live beside exegete compute, written down as fixtures: each in an environment of its own.
 ORACLE := .oracles/dictionary_learning
 $(ORACLE)/ready: constraints.txt
@@ -58,8 +66,9 @@ $(ORACLE)/ready: constraints.txt
 	$(ORACLE)/bin/python -m pip install --quiet --no-deps dictionary-learning==0.1.0
 	touch $@
 
-oracles: $(ORACLE)/ready
+oracles: setup $(ORACLE)/ready $(PEER)/ready
 	$(ORACLE)/bin/python tests/oracles/write_dictionary_learning.py
+	$(BIN)/python tests/oracles/write_delphi.py $(PEER)/bin/python
 
 clean:
 	rm -rf .venv runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -17,9 +18,15 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
 
 
+_TESTS = itertools.count()
+
+
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys of the developer's own shell never reach a test."""
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keys, kept replies and prices of the developer's own shell never reach a test."""
+    own = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("EXEGETE_CACHE", str(own / f"cache-{next(_TESTS)}"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(own / "config"))
     for name in ("OPENAI_API_KEY", "OPENROUTER_API_KEY", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 

@@ -31,6 +31,8 @@ from exegete.types import (
     Score,
     Skipped,
     SparseCode,
+    TokenLogprob,
+    Windows,
 )
 
 LATENT = LatentId(coder="layers.3", index=17)
@@ -72,6 +74,7 @@ OBJECTS: list[Any] = [
         firing_rate=0.01,
         frame=300,
         seed=4,
+        strata=(("same_token", 3), ("silent", 40)),
         table=TokenTable([b"a", b"\xff", b"\n", b"<s>"], special=[3]),
     ),
     Explanation(
@@ -113,7 +116,15 @@ OBJECTS: list[Any] = [
         token_entropy=0.9,
     ),
     LLMRequest(messages=({"role": "user", "content": "hé"},), seed=3, schema={"type": "array"}, logprobs=5),
-    LLMReply(text="1", finish="stop", prompt_tokens=7, cost=0.1, logprobs=({"1": -0.1},)),
+    LLMReply(
+        text="1",
+        finish="stop",
+        prompt_tokens=7,
+        cost=0.1,
+        logprobs=(TokenLogprob(token="1", logprob=-0.1, alternatives={"1": -0.1, "0": -2.5}),),
+    ),
+    Windows.of([example("train", 0, True), example("test", 1, False)]),
+    TokenLogprob(token=" a", logprob=None),
 ]
 
 

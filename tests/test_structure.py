@@ -31,15 +31,20 @@ ORDER = [
     {"llm"},
     {"explainers"},
     {"scorers"},
-    {"results", "donors"},
-    {"analysis"},
+    {"results", "donors", "planning"},
+    {"analysis", "hard_negatives"},
     {"runs"},
-    {"status", "preparing", "pipeline"},
+    {"keys", "export"},
+    {"status", "preparing"},
+    {"pipeline", "planner"},
     {"api"},
     {"testing", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-NO_TORCH = ("examples", "rules", "results", "analysis", "metrics", "store", "types", "views", "cli", "runs", "pipeline")
+NO_TORCH = (
+    *("examples", "rules", "results", "analysis", "metrics", "store", "types", "views", "cli", "runs", "pipeline"),
+    *("keys", "planning", "planner", "hard_negatives", "export"),
+)
 
 
 def part(path: Path) -> str:

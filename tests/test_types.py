@@ -24,6 +24,7 @@ from exegete.types import (
     Rows,
     Score,
     SparseCode,
+    Windows,
 )
 
 
@@ -144,8 +145,64 @@ def test_parts_of_a_set() -> None:
     chosen = example_set(example(), example(split="test", row=1, document=1), negative)
     assert len(chosen.part("train")) == 1
     assert len(chosen.part("test")) == 2
-    assert chosen.part("test", fires=False) == (negative,)
+    (silent,) = chosen.part("test", fires=False)
+    assert (silent.row, silent.document, silent.stratum) == (2, 1, negative.stratum)
     assert chosen.part("test", fires=True)[0].row == 1
+
+
+def test_a_window_stands_for_its_near_duplicates_over_its_chance() -> None:
+    assert example(multiplicity=3, inclusion_probability=0.25).weight == 12
+    assert example().weight == 2
+    with pytest.raises(InputError, match="multiplicity below 1"):
+        example(multiplicity=0)
+
+
+def test_windows_are_examples_as_columns() -> None:
+    silent = example(split="test", row=2, document=1, fires=False, activations=np.zeros(4, dtype=np.float32))
+    given_ = [
+        example(multiplicity=2),
+        example(row=5, stratum="bin_3"),
+        dataclasses.replace(silent, stratum="near_miss"),
+    ]
+    windows = Windows.of(given_)
+    assert len(windows) == 3
+    for one, other in zip(given_, windows, strict=True):
+        for f in dataclasses.fields(Example):
+            assert np.array_equal(getattr(one, f.name), getattr(other, f.name)), f.name
+    assert [w.row for w in windows[1:]] == [5, 2]
+    assert windows[-1].stratum == "near_miss"
+    assert windows.take(np.array([True, False, True])).row.tolist() == [0, 2]
+    assert windows.take(np.array([2, 0])).row.tolist() == [2, 0]
+    assert windows.weight.tolist() == [4, 2, 2]
+    with pytest.raises(IndexError):
+        windows[3]
+    assert len(Windows.of([])) == 0
+    assert len(example_set().part("test")) == 0
+
+
+def test_windows_that_contradict_themselves_are_refused() -> None:
+    with pytest.raises(InputError, match=r"one length, got \[4, 5\]"):
+        example_set(
+            example(), example(row=1, tokens=np.arange(5), activations=np.array([0, 0, 1, 0, 0], dtype=np.float32))
+        )
+    with pytest.raises(InputError, match=r"stratum is one of decile_0, .*got.*'x'"):
+        example_set(example(stratum="x"))
+    windows = Windows.of([example(), example(row=1)])
+    changes: list[dict[str, Any]] = [
+        {"fires": np.array([True, False])},
+        {"split": np.array([0, 3], np.int8)},
+        {"stratum": np.array([0, -1], np.int8)},
+        {"probability": np.array([0.5, 0.0])},
+        {"probability": np.array([0.5, 1.5])},
+        {"probability": np.array([0.5, np.nan])},
+        {"multiplicity": np.array([1, 0])},
+        {"row": np.array([1])},
+        {"tokens": windows.tokens[:, :3]},
+        {"tokens": windows.tokens[:, :0], "activations": windows.activations[:, :0]},
+    ]
+    for change in changes:
+        with pytest.raises(InputError):
+            dataclasses.replace(windows, **change)
 
 
 def test_arrays_of_unlike_shape_are_refused() -> None:

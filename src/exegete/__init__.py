@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from exegete.api import collect as collect
     from exegete.api import explain as explain
     from exegete.api import explain_async as explain_async
+    from exegete.api import export_run as export_run
     from exegete.api import load_corpus as load_corpus
+    from exegete.api import plan as plan
     from exegete.api import run as run
     from exegete.api import score as score
     from exegete.api import score_async as score_async
@@ -54,6 +56,7 @@ _HOMES = {
     "direction_coder": "exegete.coders",
     "explain": "exegete.api",
     "explain_async": "exegete.api",
+    "export_run": "exegete.api",
     "from_json": "exegete.codec",
     "inspect_coders": "exegete.coders",
     "load_coder": "exegete.coders",
@@ -64,6 +67,7 @@ _HOMES = {
     "neuron_coder": "exegete.coders",
     "open_run": "exegete.runs",
     "pca_coder": "exegete.coders",
+    "plan": "exegete.api",
     "random_coder": "exegete.coders",
     "run": "exegete.api",
     "save_coder": "exegete.coders",
@@ -86,6 +90,7 @@ __all__ = [
     "direction_coder",
     "explain",
     "explain_async",
+    "export_run",
     "from_json",
     "inspect_coders",
     "load_coder",
@@ -96,6 +101,7 @@ __all__ = [
     "neuron_coder",
     "open_run",
     "pca_coder",
+    "plan",
     "random_coder",
     "run",
     "save_coder",

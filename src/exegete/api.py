@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exegete.config import CollectConfig, CorpusConfig, ExampleConfig, LLMConfig, RunConfig
+from exegete.config import CollectConfig, CorpusConfig, ExampleConfig, LLMConfig, RunConfig, merge
 from exegete.errors import InputError, unknown
 from exegete.explainers.explainer import explainers
 from exegete.pipeline import Pipeline, run_pipeline
@@ -24,6 +24,7 @@ from exegete.views import Donor, LatentView
 if TYPE_CHECKING:
     from exegete.coders.coder import SparseCoder
     from exegete.llm.client import LLMClient
+    from exegete.planning import Plan
     from exegete.store.corpus import Corpus
     from exegete.store.store import Store
     from exegete.subjects import Subject
@@ -108,13 +109,47 @@ def collect(
 
 
 def select(store: Store, index: int, *, seed: int = 0, **settings: Any) -> ExampleSet | Skipped:
-    """Return the examples of one latent, or why it has none. ``settings`` are those of the ``examples`` group."""
+    """Return the examples of one latent, or why it has none. ``settings`` are those of the ``examples`` group.
+
+    Raises InputError for kinds of negatives that rest on more than the store (near_miss, neighbours by direction): they
+    are those of a run, ``run.latent(coder, index)``.
+    """
     from exegete.examples import StoreData, select_many, split_segments
+    from exegete.hard_negatives import proxies_of
 
     config = example_config(**settings)
-    split = split_segments(store.corpus, seed=seed, test_share=config.test_share)
-    chosen = select_many(StoreData(store, split), [index], config=config, coder=store.name, seed=seed)[0]
+    split = split_segments(store.corpus, seed=seed, test_share=config.test_share, duplicates=config.duplicates)
+    whole = RunConfig(seed=seed, corpus=store.corpus.config, examples=config)
+    proxies = proxies_of(store, whole, [index])
+    chosen = select_many(StoreData(store, split), [index], config=config, coder=store.name, seed=seed, proxies=proxies)[
+        0
+    ]
     return dataclasses.replace(chosen, table=store.corpus.table) if isinstance(chosen, ExampleSet) else chosen
+
+
+def plan(config: str | Path | RunConfig | Run, **changes: Any) -> Plan:
+    """Return what a run will ask of its language model and what that costs; nothing is run or sent.
+
+    ``config`` is a YAML path, a configuration, or a run, whose own latents are then planned for; ``changes`` are
+    settings laid over it, nested as in the YAML.
+    """
+    from exegete.planner import plan as planned
+
+    if isinstance(config, Run):
+        return planned(RunConfig.from_dict(merge(config.config.to_dict(), changes)), config)
+    if isinstance(config, RunConfig):
+        return planned(RunConfig.from_dict(merge(config.to_dict(), changes)))
+    return planned(RunConfig.from_yaml(Path(config), changes))
+
+
+def export_run(run: Run, *, to: str, out: str | Path, coders: Sequence[str] | None = None) -> Path:
+    """Write a run in a form that other tools read and return the new folder; ``to`` is ``delphi``.
+
+    Raises InputError for another form and when the folder exists already.
+    """
+    from exegete.export import export_run as exported
+
+    return exported(run, to=to, out=Path(out), coders=coders)
 
 
 def explain(
@@ -167,7 +202,7 @@ async def score_async(explanation: Explanation, what: LatentView | ExampleSet, *
 
 
 def _view(what: LatentView | ExampleSet, llm: str | LLMClient | None) -> LatentView:
-    from exegete.llm.openai_api import client_from_spec
+    from exegete.llm.open import client_from_spec
 
     client = client_from_spec(llm, LLMConfig(llm=llm)) if isinstance(llm, str) else llm
     if isinstance(what, LatentView):

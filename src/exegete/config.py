@@ -20,7 +20,11 @@ import yaml
 from exegete.errors import ConfigError, NotFoundError, unknown
 from exegete.files import hash_json
 
-Strategy = Literal["top", "random", "quantiles", "mix"]
+Strategy = Literal["top", "random", "quantiles", "bins", "mix", "importance", "diverse"]
+TestStrategy = Literal["quantiles", "bins", "random", "importance"]
+Negative = Literal["near_miss", "same_token", "neighbour", "similar", "random"]
+NEGATIVES: tuple[Negative, ...] = typing.get_args(Negative)
+"""Kinds of silent windows; a window of several kinds is of the first of them."""
 
 
 @final
@@ -116,17 +120,36 @@ class ExampleConfig:
     window: int = 32
     """Tokens in a window."""
     strategy: Strategy = "quantiles"
-    """How firing windows are drawn: top, random, quantiles (equal parts of ten deciles), or mix (half top, half
-    quantiles)."""
+    """How firing train windows are drawn: top, random, quantiles (equal parts of ten deciles of rank), bins (equal
+    parts of ten equally wide bins of value), mix (half top, half quantiles), importance (with probability proportional
+    to the activation), or diverse (the strongest, then each time the one least like those taken)."""
+    test_strategy: TestStrategy = "quantiles"
+    """How firing test windows are drawn: quantiles, bins, random or importance."""
     centred: bool = False
     """Centre train windows on a firing instead of taking them from the frame; test windows always come from the
     frame."""
+    keep_bos: bool = False
+    """Let a window begin with the special tokens (BOS) that stand before its text."""
     n_train: int = 40
     """Firing train windows shown to an explainer."""
     n_test: int = 100
     """Firing test windows judged."""
     n_negatives: int = 100
     """Silent test windows judged."""
+    negatives: tuple[Negative, ...] = ("random",)
+    """Kinds of silent test windows, judged in equal parts: near_miss (the latent's best rule matches), same_token
+    (holds a token that the latent fires on), neighbour (a neighbouring latent fires), similar (its text is like that of
+    firing windows), random (all others). The whole test frame is divided among them, and a window of several kinds is
+    of the first in this order, so that scores can be reweighted to all silent windows."""
+    neighbours: Literal["cofiring", "decoder", "encoder"] = "cofiring"
+    """What makes latents neighbours: firing at the same places, or like decoder or encoder directions."""
+    similar: str = "tfidf"
+    """What finds similar text: tfidf, or the name or folder of a sentence-transformers model."""
+    silent: Literal["window", "document"] = "window"
+    """Where a latent must not fire for a window to count as silent."""
+    duplicates: float = 0.8
+    """Near-duplicates have at least this share of their token n-grams in common (Jaccard): documents stay on one side
+    of the split, and one window stands for all its near-duplicates. 0 keeps everything apart."""
     min_train: int = 10
     """A latent with fewer firing train windows is skipped."""
     min_test: int = 10
@@ -156,13 +179,52 @@ class LLMConfig:
     """Which language model explains and judges, and how hard it may be asked."""
 
     llm: str = "none"
-    """URL#MODEL of an OpenAI-compatible server, openai/MODEL, openrouter/ORG/MODEL, or none (rules only)."""
-    concurrency: int = 16
-    """Requests under way at once."""
+    """URL#MODEL of an OpenAI-compatible server, openai/MODEL, openrouter/ORG/MODEL, vllm/MODEL or hf/MODEL (in this
+    process), or none (rules only)."""
+    concurrency: int = 32
+    """Most requests under way at once; how many are is found out as it goes."""
     timeout: float = 120.0
     """Seconds before a request counts as failed."""
+    retries: int = 5
+    """How often a request is tried again when the server is busy, hangs or breaks off."""
+    requests_per_minute: int | None = None
+    """Most requests a minute."""
+    tokens_per_minute: int | None = None
+    """Most tokens a minute, prompt and reply together."""
     temperature: float = 0.0
     """Sampling temperature of explainer and judge."""
+    budget: float | None = None
+    """Most dollars this run may spend on the language model, in all its commands together; never exceeded."""
+    budget_tokens: int | None = None
+    """Most tokens this run may spend, prompt and reply together."""
+    tokenizer: str | None = None
+    """Folder or hub id of the model's tokenizer, for exact counts of prompt tokens; hf/ and vllm/ bring their own."""
+    prices: str | None = None
+    """YAML file of prices laid over the ones that are known: MODEL: {input, cached, output} in dollars a million
+    tokens."""
+    reply_cache: bool = True
+    """Keep replies, shared between runs, so that none is paid for twice."""
+    cache_days: float | None = None
+    """Forget replies that were not used for so many days."""
+    cache_bytes: int = 8 << 30
+    """Most bytes of kept replies; the longest unused go first."""
+    batch: bool = False
+    """Send requests as batch files (half the price, answered within a day)."""
+
+    def __post_init__(self) -> None:
+        for name, least in {
+            "concurrency": 1, "retries": 0, "requests_per_minute": 1, "tokens_per_minute": 1, "budget_tokens": 1,
+            "cache_bytes": 1,
+        }.items():  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"setting 'llm.{name}' is too small; it must be at least {least}, got {value}")
+        for name in ("timeout", "budget", "cache_days"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"setting 'llm.{name}' is a positive number, got {value}")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"setting 'llm.temperature' is at least 0, got {self.temperature}")
 
 
 @final
@@ -178,9 +240,10 @@ class RunConfig:
     hookpoints: tuple[str, ...] = ()
     """Hookpoints to read a coder repository at (globs allowed); by default all that the repository holds."""
     explainer: str = "rule"
-    """rule (no LLM), or default (an LLM reads train windows)."""
+    """rule (no LLM), or default (an LLM reads train windows). Arguments follow a colon: default:n_examples=20."""
     scorers: tuple[str, ...] = ("detection", "fuzzing")
-    """Scorers to run on every explanation."""
+    """Scorers to run on every explanation: detection, fuzzing, execution (of rules). Arguments follow a colon:
+    fuzzing:probabilities=true,per_request=1."""
     nulls: tuple[str, ...] = ()
     """Controls that collect anew: random_coder (an untrained coder of the same width and k), random_subject (the same
     coders on the subject with every weight drawn anew, norms kept)."""
@@ -302,6 +365,17 @@ def _check_collect(collect: CollectConfig) -> None:
             raise ConfigError(f"collect.workers take one GPU each; give collect.device cuda, not {collect.device}")
 
 
+def _check_examples(examples: ExampleConfig) -> None:
+    if not 0 < examples.test_share < 1:
+        raise ConfigError(f"examples.test_share lies between 0 and 1, got {examples.test_share}")
+    if not (examples.duplicates == 0 or 0.5 <= examples.duplicates <= 1):
+        raise ConfigError(f"examples.duplicates lies between 0.5 and 1, or is 0 for none, got {examples.duplicates}")
+    if not examples.negatives or len(set(examples.negatives)) < len(examples.negatives):
+        raise ConfigError(f"examples.negatives names each kind once, at least one, got {list(examples.negatives)}")
+    if not examples.similar:
+        raise ConfigError("examples.similar is empty; write tfidf, or a sentence-transformers model")
+
+
 def _check(config: RunConfig) -> None:
     positive = {
         "collect.batch_tokens": 1 if config.collect.batch_tokens is None else config.collect.batch_tokens,
@@ -313,7 +387,6 @@ def _check(config: RunConfig) -> None:
         "examples.n_train": config.examples.n_train,
         "examples.n_test": config.examples.n_test,
         "examples.n_negatives": config.examples.n_negatives,
-        "llm.concurrency": config.llm.concurrency,
         "donors": config.donors,
     }
     for name, value in positive.items():
@@ -325,8 +398,7 @@ def _check(config: RunConfig) -> None:
             f"({config.corpus.row_length})"
         )
     _check_collect(config.collect)
-    if not 0 < config.examples.test_share < 1:
-        raise ConfigError(f"examples.test_share lies between 0 and 1, got {config.examples.test_share}")
+    _check_examples(config.examples)
     for null in config.nulls:
         if null not in ("random_coder", "random_subject"):
             raise ConfigError(f"setting 'nulls' knows random_coder and random_subject, got {null!r}")

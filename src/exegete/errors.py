@@ -11,6 +11,7 @@
     ├── CorruptError          a stored file that fails its checksum or does not parse
     ├── BusyError             another process holds the run
     └── LLMError              a language-model call that failed for good
+        └── BudgetError       the next call might cost more than is left
 
 The command line prints any of them as one line and exits with code 2; a traceback means a bug in exegete.
 """
@@ -60,6 +61,10 @@ class BusyError(ExegeteError):
 
 class LLMError(ExegeteError):
     """A call to a language model failed and will not be tried again."""
+
+
+class BudgetError(LLMError):
+    """The next call might cost more than the budget has left; what is stored stays."""
 
 
 def unknown(kind: str, given: str, allowed: Iterable[str], *, limit: int = 8) -> NotFoundError:

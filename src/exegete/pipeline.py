@@ -13,20 +13,21 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, final
 
 from exegete.config import RunConfig
 from exegete.donors import choose_donors
-from exegete.errors import InputError, MismatchError
-from exegete.explainers.explainer import Explainer, explainers
+from exegete.errors import InputError
+from exegete.explainers.explainer import explainers
 from exegete.files import RunLock, hash_json, read_json, write_json, write_text
+from exegete.keys import Keys, refuse_changes, settings_under
 from exegete.preparing import Prepared, prepare, text_of
 from exegete.progress import Progress, Silent
-from exegete.runs import FORMAT, Run
+from exegete.runs import FORMAT, Run, alive, drawn
 from exegete.scorers.scorer import scorers
-from exegete.streams import stream
 from exegete.types import ExampleSet, Explanation, LatentId, Skipped
-from exegete.views import Donor, LatentView
+from exegete.views import Donor, LatentView, Need
 
 if TYPE_CHECKING:
     from exegete.coders.coder import SparseCoder
@@ -50,6 +51,8 @@ class Pipeline:
     def __init__(self, config: RunConfig, folder: str | Path, progress: Progress | None = None) -> None:
         self.config = config
         self.run = Run(Path(folder))
+        self._keys = Keys(self.run, config)
+        self._loaded: Prepared | None = None
         self._progress = progress or Silent()
         self._lock = RunLock(self.run.folder)
 
@@ -69,7 +72,7 @@ class Pipeline:
         ``documents`` replaces the text named by the configuration. Raises MismatchError when the folder holds output
         of other settings.
         """
-        self._guard(prepared)
+        refuse_changes(self.run, self.config, prepared)
         self._check_packing(prepared)
         self._collect_all(prepared, self._corpus(prepared.subject, documents))
 
@@ -77,7 +80,7 @@ class Pipeline:
         """Collect over a corpus built elsewhere, which is copied into the run."""
         from exegete.store.corpus import copy_corpus
 
-        self._guard(prepared)
+        refuse_changes(self.run, self.config, prepared)
         self._check_packing(prepared)
         self._collect_all(prepared, copy_corpus(corpus, self.run.corpus_folder))
 
@@ -160,14 +163,7 @@ class Pipeline:
     def draw(self, coder: str, results: Results) -> tuple[int, ...]:
         """Return the latents to interpret: a seeded uniform draw from all alive ones, the same however often asked."""
         store = self.run.store(coder)
-        wanted = self.config.latents
-        alive = (store.counts >= max(1.0, wanted.min_rate * store.manifest.n_positions)).nonzero()[0]
-        if wanted.indices:
-            chosen = wanted.indices
-        else:
-            order = stream(self.config.seed, coder, "draw").permutation(alive)
-            null = "@" in coder and wanted.null_count is not None
-            chosen = tuple(int(i) for i in order[: wanted.null_count if null else wanted.count])
+        chosen = drawn(store, coder, self.config)
         known = {stats.latent.index for stats in results.latents(coder)}
         results.add_latents(store.stats([i for i in chosen if i not in known]))
         results.mark_selected(coder, chosen)
@@ -176,7 +172,7 @@ class Pipeline:
             {
                 "width": store.width,
                 "k": store.manifest.k,
-                "alive": len(alive),
+                "alive": len(alive(store, self.config)),
                 "dead": int((store.counts == 0).sum()),
                 "firings": int(store.counts.sum()),
                 "positions": store.manifest.n_positions,
@@ -190,18 +186,18 @@ class Pipeline:
 
     def explain(self, llm: LLMClient | None = None) -> None:
         """Explain the drawn latents of every coder; what cannot be explained becomes a Skipped row."""
-        explainer = explainers.make(self.config.explainer)
-        _require_llm(explainer.needs, llm, f"explainer {self.config.explainer!r}")
+        _require_llm(explainers.from_text(self.config.explainer).needs, llm, f"explainer {self.config.explainer!r}")
         results = self.run.results(readonly=False)
         try:
             self._settle(results)
             for coder in self.run.coders():
-                self._explain_coder(coder, explainer, results, llm)
+                self._explain_coder(coder, self.config.explainer, results, llm)
         finally:
             results.close()
 
-    def _explain_coder(self, coder: str, explainer: Explainer, results: Results, llm: LLMClient | None) -> None:
-        spec = self._explain_spec(coder, llm)
+    def _explain_coder(self, coder: str, name: str, results: Results, llm: LLMClient | None) -> None:
+        explainer = explainers.from_text(name)
+        spec = self._keys.explain(coder, llm, name)
         key = hash_json(spec)
         results.add_stage(key, "explain", spec)
         indices = self.draw(coder, results)
@@ -210,9 +206,13 @@ class Pipeline:
         self._progress.start(f"explain {coder}", len(indices), "latents")
         self._progress.advance(len(indices) - len(left))
         data = self.run.data(coder, self.config) if left else None
+        # Explainers see train windows only, which are the same whatever is judged.
+        shown = dataclasses.replace(
+            self.config, examples=dataclasses.replace(self.config.examples, negatives=("random",))
+        )
         for start in range(0, len(left), _BLOCK):
             views = []
-            for chosen in self.run.select(coder, left[start : start + _BLOCK], self.config):
+            for chosen in self.run.select(coder, left[start : start + _BLOCK], shown):
                 if isinstance(chosen, Skipped):
                     results.add_skip(chosen, key)
                     self._progress.advance(1)
@@ -238,20 +238,21 @@ class Pipeline:
         try:
             self._settle(results)
             for coder in self.run.coders():
-                explanations = results.explanations(coder=coder, key=self.explain_key(coder, llm))
+                explanations = results.explanations(coder=coder, key=hash_json(self._keys.explain(coder, llm)))
                 usable = {id_: e for id_, e in explanations.items() if e.status == "ok"}
                 donors = None
                 for name in self.config.scorers:
-                    scorer = scorers.make(name)
+                    scorer = scorers.from_text(name)
                     _require_llm(scorer.needs, llm, f"scorer {name!r}")
-                    spec = self._score_spec(coder, name, llm)
+                    spec = self._keys.score(coder, name, llm)
                     key = hash_json(spec)
-                    results.add_stage(key, name, spec)
+                    results.add_stage(key, scorer.spec["name"], spec)
                     done = results.done(key)
                     left = {id_: e for id_, e in usable.items() if e.latent not in done}
                     self._progress.start(f"{name} {coder}", len(usable), "latents")
                     self._progress.advance(len(usable) - len(left))
                     if left and donors is None:
+                        self._ready_negatives(coder, results)
                         donors = choose_donors(
                             self.run.store(coder),
                             list(usable.values()),
@@ -261,6 +262,24 @@ class Pipeline:
                     self._progress.end()
         finally:
             results.close()
+
+    def _ready_negatives(self, coder: str, results: Results) -> None:
+        """Find and keep what the configured kinds of silent windows are made from."""
+        from exegete.hard_negatives import find_neighbours
+
+        store = self.run.store(coder)
+        find_neighbours(store, self.config, drawn(store, coder, self.config), lambda: self._coder(coder))
+        if "near_miss" in self.config.examples.negatives:
+            self._explain_coder(coder, "rule", results, None)
+
+    def _coder(self, coder: str) -> SparseCoder:
+        """Load the coder of a store again; a null's has its name at the end."""
+        if self._loaded is None:
+            self._loaded = prepare(self.config)
+        own, _, null = coder.partition("@")
+        if f"@{null}" == RANDOM_CODER:
+            return self._random(self._loaded, {own: self.run.store(coder).manifest.k or 1})[coder]
+        return self._loaded.coders[own]
 
     def _score_block(
         self,
@@ -299,75 +318,10 @@ class Pipeline:
         ours = Path(self.config.subject).is_relative_to(assets())
         return "The embedded default: a Python-code model" if ours else self.config.subject
 
-    # -- keys and guards ---------------------------------------------------------------------------------------------
-
-    def select_key(self, coder: str) -> str:
-        """Identity of a coder's examples."""
-        return hash_json(
-            {
-                "store": self.run.store(coder).manifest.key,
-                "examples": self.config.to_dict()["examples"],
-                "seed": self.config.seed,
-            }
-        )
-
-    def explain_key(self, coder: str, llm: LLMClient | None) -> str:
-        """Identity of a coder's explanations."""
-        return hash_json(self._explain_spec(coder, llm))
-
-    def _explain_spec(self, coder: str, llm: LLMClient | None) -> dict[str, Any]:
-        explainer = explainers.make(self.config.explainer)
-        asked = llm if "llm" in explainer.needs else None
-        return {
-            "coder": coder,
-            "select": self.select_key(coder),
-            "explainer": dict(explainer.spec),
-            "llm": asked.name if asked else "none",
-            "temperature": asked.temperature if asked else None,
-        }
-
-    def _score_spec(self, coder: str, scorer: str, llm: LLMClient | None) -> dict[str, Any]:
-        return {
-            "explain": self.explain_key(coder, llm),
-            "scorer": dict(scorers.make(scorer).spec),
-            "judge": llm.name if llm else "rule",
-            "donors": self.config.donors,
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        """Return the settings that existing output rests on."""
-        data = self.config.to_dict()
-        under = {
-            name: data[name] for name in ("subject", "coder", "hookpoints", "seed", "corpus", "collect", "examples")
-        }
-        under["collect"] = {
-            k: v
-            for k, v in under["collect"].items()
-            if k in ("dtype", "coder_dtype", "compile", "batch_tokens", "sink_norm")
-        }
-        return under
-
-    def _guard(self, prepared: Prepared | None = None) -> None:
-        """Refuse a change of settings, subject or coders under existing output, with the difference."""
-        path = self.run.folder / "manifest.json"
-        if not path.is_file() or not self.run.coders():  # nothing rests on the settings yet
-            return
-        before = read_json(path)
-        changed = list(_differences(before.get("settings", {}), self._settings()))
-        if prepared is not None and not changed:
-            hashes = {name: coder.hash for name, coder in prepared.coders.items()}
-            known = {name: old for name, old in before.get("coders", {}).items() if name in hashes}
-            now = {"subject": prepared.subject.hash, **{f"coder {name}": hashes[name] for name in known}}
-            then = {"subject": before.get("subject", {}).get("hash"), **{f"coder {n}": old for n, old in known.items()}}
-            changed = list(_differences(then, now))
-        if changed:
-            raise MismatchError(
-                f"{self.run.folder} was made with other settings ({'; '.join(changed)}); "
-                "use another folder, or the settings it was made with"
-            )
+    # -- the run's own files -----------------------------------------------------------------------------------------
 
     def _settle(self, results: Results) -> None:
-        self._guard()
+        refuse_changes(self.run, self.config)
         write_text(self.run.folder / "config.yaml", self.config.to_yaml())
         results.put_meta("config", self.config.to_dict())
         results.put_meta("manifest", read_json(self.run.folder / "manifest.json"))
@@ -389,7 +343,7 @@ class Pipeline:
             self.run.folder / "manifest.json",
             {
                 "format": FORMAT,
-                "settings": self._settings(),
+                "settings": settings_under(self.config),
                 "subject": {"name": prepared.subject.name, "hash": prepared.subject.hash},
                 "coders": {name: coder.hash for name, coder in prepared.coders.items()},
                 "versions": versions(),
@@ -424,13 +378,40 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def check_llm(llm: LLMClient | None) -> None:
-    """Ask the language model's server whether it is there. Raises before anything is paid for."""
-    if llm is not None:
-        asyncio.run(llm.check())
+def check_llm(llm: LLMClient | None, users: Mapping[str, frozenset[Need]] = MappingProxyType({})) -> None:
+    """Ask the language model's server whether it is there, and can do what its users need.
+
+    ``users`` names who asks it, each with its needs. Raises before anything of the run is paid for.
+    """
+    if llm is None:
+        return
+
+    async def ask() -> None:
+        try:
+            await llm.check()
+            asking = next((who for who, needs in users.items() if "logprobs" in needs), None)
+            if asking is not None and not (await llm.capabilities()).logprobs:
+                raise InputError(
+                    f"{asking} needs the log probabilities of tokens, and {llm.name} gives none; take another language "
+                    "model, or leave out what asks for them"
+                )
+        finally:
+            await llm.close()
+
+    asyncio.run(ask())
 
 
-def _require_llm(needs: frozenset[str], llm: LLMClient | None, who: str) -> None:
+def users_of_llm(config: RunConfig, *, explaining: bool = True, scoring: bool = True) -> dict[str, frozenset[Need]]:
+    """Return which explainer and scorers of a configuration there are, and what each needs."""
+    users: dict[str, frozenset[Need]] = {}
+    if explaining:
+        users[f"explainer {config.explainer!r}"] = explainers.from_text(config.explainer).needs
+    if scoring:
+        users |= {f"scorer {name!r}": scorers.from_text(name).needs for name in config.scorers}
+    return users
+
+
+def _require_llm(needs: frozenset[Need], llm: LLMClient | None, who: str) -> None:
     if "llm" in needs and llm is None:
         raise InputError(f"{who} needs a language model; give one with --llm URL#MODEL")
 
@@ -446,15 +427,6 @@ def _check_folder(folder: Path) -> None:
             raise InputError(f"{folder} holds other files; a run needs a new or empty folder")
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterable[str]:
-    for name in sorted({*before, *now}):
-        a, b = before.get(name), now.get(name)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from _differences(a, b, f"{where}{name}.")
-        elif a != b:
-            yield f"{where}{name}: {a!r} → {b!r}"
-
-
 def run_pipeline(
     config: RunConfig,
     folder: str | Path,
@@ -464,13 +436,13 @@ def run_pipeline(
     documents: Sequence[TextDocument] | None = None,
 ) -> Run:
     """Run every stage and return the run; whatever is already there is not done again."""
-    from exegete.llm.openai_api import client_from_spec
+    from exegete.llm.open import client_from_spec
 
-    client = llm or client_from_spec(config.llm.llm, config.llm)
-    _require_llm(explainers.make(config.explainer).needs, client, f"explainer {config.explainer!r}")
-    for name in config.scorers:
-        _require_llm(scorers.make(name).needs, client, f"scorer {name!r}")
-    check_llm(client)
+    client = llm or client_from_spec(config.llm.llm, config.llm, folder=Path(folder))
+    users = users_of_llm(config)
+    for who, needs in users.items():
+        _require_llm(needs, client, who)
+    check_llm(client, users)
     prepared = prepare(config, documents)
     with Pipeline(config, folder, progress) as pipeline:
         pipeline.collect(prepared, documents)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, final
 
+import yaml
+
 from exegete.errors import ConfigError, InputError, unknown
 
 T = TypeVar("T")
@@ -60,6 +62,27 @@ class Registry(Generic[T]):
             raise ConfigError(f"{self.kind} {name!r}: {error}; allowed arguments: {allowed}") from error
         return factory(**(args or {}))
 
+    def from_text(self, text: str) -> T:
+        """Build the object of ``NAME`` or ``NAME:ARGUMENT=VALUE,ARGUMENT=VALUE``; values are written as in YAML.
+
+        Raises NotFoundError for an unknown name, ConfigError for arguments that do not fit.
+        """
+        name, colon, rest = text.partition(":")
+        args: dict[str, Any] = {}
+        for part in rest.split(",") if colon else ():
+            key, equals, value = part.partition("=")
+            if not equals or not key.strip() or key.strip() in args:
+                raise ConfigError(f"{self.kind} {text!r} is written NAME:ARGUMENT=VALUE,…, each argument once")
+            args[key.strip()] = _plain(value, text)
+        return self.make(name, args)
+
     def from_spec(self, spec: Mapping[str, Any]) -> T:
         """Build the object that a stored spec describes."""
         return self.make(str(spec["name"]), spec.get("args", {}))
+
+
+def _plain(value: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"{value!r} in {text!r} is no value; write a number, true, false or a word") from None

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from exegete.config import ExampleConfig, RunConfig
+from exegete.config import ExampleConfig, Negative, RunConfig
 from exegete.errors import InputError, NotFoundError, unknown
-from exegete.files import read_json
-from exegete.types import ExampleSet, LatentId, Skipped
+from exegete.files import hash_json, read_json
+from exegete.streams import stream
+from exegete.types import Array, ExampleSet, LatentId, Skipped
 from exegete.views import Donor, LatentView
 
 if TYPE_CHECKING:
-    from exegete.examples.build import StoreData
+    from exegete.examples import StoreData
+    from exegete.examples.proxy import Proxy
     from exegete.llm.client import LLMClient
     from exegete.results import Results
     from exegete.store.corpus import Corpus
@@ -30,7 +32,8 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._data: dict[tuple[str, float], StoreData] = {}
+        self._data: dict[tuple[str, float, float], StoreData] = {}
+        self._proxies: dict[tuple[str, ...], dict[Negative, Proxy]] = {}
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
@@ -99,10 +102,13 @@ class Run:
         from exegete.examples import StoreData, split_segments
 
         settings = config or self.config
-        key = (coder, settings.examples.test_share)
+        examples = settings.examples
+        key = (coder, examples.test_share, examples.duplicates)
         if key not in self._data:
             store = self.store(coder)
-            split = split_segments(store.corpus, seed=settings.seed, test_share=settings.examples.test_share)
+            split = split_segments(
+                store.corpus, seed=settings.seed, test_share=examples.test_share, duplicates=examples.duplicates
+            )
             self._data[key] = StoreData(store, split)
         return self._data[key]
 
@@ -112,8 +118,35 @@ class Run:
 
         settings = config or self.config
         return select_many(
-            self.data(coder, settings), indices, config=settings.examples, coder=coder, seed=settings.seed
+            self.data(coder, settings),
+            indices,
+            config=settings.examples,
+            coder=coder,
+            seed=settings.seed,
+            proxies=self._hard(coder, indices, settings),
         )
+
+    def _hard(self, coder: str, indices: Sequence[int], settings: RunConfig) -> Mapping[Negative, Proxy]:
+        """Return what finds the kinds of hard negatives; made once for all latents that a run interprets."""
+        from exegete.hard_negatives import proxies_of, rules_in
+
+        if settings.examples.negatives == ("random",):
+            return {}
+        store = self.store(coder)
+        wanted = drawn(store, coder, settings)
+        latents = wanted if set(indices) <= set(wanted) else tuple(dict.fromkeys(map(int, indices)))
+        key = (coder, settings.hash, hash_json(latents))
+        if key not in self._proxies:
+            rules = None
+            if "near_miss" in settings.examples.negatives and (self.folder / "results.db").is_file():
+                results = self.results()
+                try:
+                    rules = rules_in(results, coder) or None
+                finally:
+                    results.close()
+            made = proxies_of(store, settings, latents, rules=rules, embeddings=self.corpus_folder / "embeddings")
+            self._proxies = {key: made}  # those of one coder at a time: an index of text is large
+        return self._proxies[key]
 
     def latent(
         self, coder: str, index: int, *, llm: LLMClient | None = None, donors: tuple[Donor, ...] = ()
@@ -143,6 +176,21 @@ class Run:
             return None if isinstance(chosen, Skipped) else chosen
 
         return find
+
+
+def drawn(store: Store, coder: str, config: RunConfig) -> tuple[int, ...]:
+    """Return the latents of a coder to interpret: those named, or a seeded uniform draw from all alive ones."""
+    if config.latents.indices:
+        return config.latents.indices
+    order = stream(config.seed, coder, "draw").permutation(alive(store, config))
+    null = "@" in coder and config.latents.null_count is not None
+    return tuple(int(i) for i in order[: config.latents.null_count if null else config.latents.count])
+
+
+def alive(store: Store, config: RunConfig) -> Array:
+    """Return the latents that fire often enough to be interpreted, ascending."""
+    found: Array = (store.counts >= max(1.0, config.latents.min_rate * store.manifest.n_positions)).nonzero()[0]
+    return found
 
 
 def open_run(path: str | Path) -> Run:

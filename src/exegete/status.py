@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -22,7 +23,21 @@ def status_of(run: Run) -> dict[str, Any]:
         }
     if (run.folder / "results.db").is_file():
         _count_results(run, coders)
-    return {"run": str(run.folder), "corpus": corpus, "coders": coders, "report": run.report_path.is_file()}
+    return {
+        "run": str(run.folder),
+        "corpus": corpus,
+        "coders": coders,
+        "report": run.report_path.is_file(),
+        "spent": _spent(run),
+    }
+
+
+def _spent(run: Run) -> list[dict[str, Any]]:
+    """Return what the ledger of the run says, by stage, model and outcome."""
+    from exegete.llm.spending import read_totals
+
+    path = run.folder / "ledger.db"
+    return [dataclasses.asdict(total) for total in read_totals(path)] if path.is_file() else []
 
 
 def _count_results(run: Run, coders: dict[str, Any]) -> None:
@@ -60,5 +75,11 @@ def status_text(found: dict[str, Any]) -> str:
         for part in ("explanations", "scored", "skipped"):
             if entry.get(part):
                 lines.append(f"    {part}: " + ", ".join(f"{n:,} {what}" for what, n in entry[part].items()))
+    for spent in found["spent"]:
+        paid = f"${spent['dollars']:.4f}" if spent["unpriced"] < spent["requests"] else "price not known"
+        lines.append(
+            f"{spent['model']} {spent['stage']}: {spent['requests']:,} requests {spent['outcome']}, "
+            f"{spent['prompt_tokens']:,} + {spent['completion_tokens']:,} tokens, {paid}"
+        )
     lines.append("report: written" if found["report"] else "report: not yet")
     return "\n".join(lines)

@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import final
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
 
 from exegete.errors import CorruptError
 
@@ -35,10 +38,50 @@ class TokenTable:
         """Each token decoded on its own; bytes that are no UTF-8 by themselves become U+FFFD."""
         return tuple(piece.decode("utf-8", errors="replace") for piece in self.pieces)
 
+    @cached_property
+    def is_special(self) -> npt.NDArray[np.bool_]:
+        """Which ids are special, bool [ids]."""
+        found = np.zeros(len(self), dtype=bool)
+        found[[t for t in self.special if 0 <= t < len(self)]] = True
+        return found
+
+    @cached_property
+    def shown(self) -> npt.NDArray[Any]:
+        """What each token shows when it stands alone, str [ids]: its text, nothing for a special token."""
+        found = np.empty(len(self), dtype=object)
+        found[:] = self.texts
+        found[self.is_special] = ""
+        return found
+
+    @cached_property
+    def is_whole(self) -> npt.NDArray[np.bool_]:
+        """Which tokens show the same beside any others, bool [ids]: special ones, and whole characters, at least one.
+
+        Windows of such tokens alone need no look at bytes: their text is that of the tokens in a row.
+        """
+        whole = np.fromiter(map(_whole, self.pieces, self.texts), dtype=bool, count=len(self))
+        return whole | self.is_special
+
+    @cached_property
+    def is_angled(self) -> npt.NDArray[np.bool_]:
+        """Which tokens show a ``<``, a ``>`` or a backslash, bool [ids]: what has to be escaped beside marks."""
+        return np.fromiter(map(_angled, self.shown), dtype=bool, count=len(self))
+
+    @cached_property
+    def _alone(self) -> tuple[str | None, ...]:
+        return tuple(t if whole else None for t, whole in zip(self.shown, self.is_whole.tolist(), strict=True))
+
     def decode(self, tokens: Iterable[int]) -> str:
         """Decode a run of tokens; special tokens stand for nothing, characters that span tokens stay whole."""
         whole = b"".join(self.pieces[t] for t in tokens if t not in self.special)
         return whole.decode("utf-8", errors="replace")
+
+    def decode_rows(self, tokens: npt.NDArray[Any]) -> list[str]:
+        """Decode many windows [n, window]; each text equals ``decode`` of its tokens."""
+        texts = ["".join(parts) for parts in self.shown[tokens].tolist()]
+        for i in np.flatnonzero(~self.is_whole[tokens].all(axis=1)).tolist():
+            texts[i] = self.decode(tokens[i].tolist())
+        return texts
 
     def spans(self, tokens: Sequence[int]) -> list[str]:
         """Decode token by token so that the parts joined equal ``decode``.
@@ -48,6 +91,9 @@ class TokenTable:
         parts: list[str] = []
         held = b""
         for token in tokens:
+            if not held and (alone := self._alone[token]) is not None:
+                parts.append(alone)
+                continue
             if token in self.special:
                 parts.append("")
                 continue
@@ -71,6 +117,15 @@ class TokenTable:
             return cls([p.encode("latin-1") for p in data["pieces"]], data["special"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptError(f"the token table does not parse: {error}") from error
+
+
+def _angled(text: str) -> bool:
+    return "<" in text or ">" in text or "\\" in text
+
+
+def _whole(piece: bytes, text: str) -> bool:
+    # U+FFFD may stand in the piece itself; only then need the bytes be compared.
+    return bool(text) and ("\ufffd" not in text or text.encode() == piece)
 
 
 def _whole_characters(data: bytes) -> tuple[str, bytes]:

@@ -7,11 +7,11 @@ reporting start without it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, Literal, final
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, final, overload
 
+import numpy as np
 import numpy.typing as npt
 
 from exegete.errors import InputError
@@ -23,6 +23,10 @@ Side = Literal["input", "output"]
 ExplanationStatus = Literal["ok", "unparsed", "refused", "failed"]
 JudgementStatus = Literal["ok", "unparsed", "refused", "failed"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+_DRAWN = ("top", "random", "importance", "diverse", "near_miss", "same_token", "neighbour", "similar", "silent")
+STRATA: tuple[str, ...] = (*(f"decile_{i}" for i in range(10)), *(f"bin_{i}" for i in range(10)), *_DRAWN)
+"""What windows are drawn from: of firing ones deciles of rank, bins of value, or as their strategy is called; of silent
+ones their kind, random ones being ``silent``."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -130,9 +134,9 @@ class Example:
     """One window shown or judged.
 
     ``tokens`` [window] uint32, ``activations`` [window] float32 (zeros where the latent is silent or the mask forbids
-    it); ``row`` and ``start`` say where the window lies; ``fires`` is true when any position fires; ``stratum`` names
-    the sampling stratum (``decile_0`` is the strongest, ``top``, ``random``, ``silent``); ``inclusion_probability`` is
-    the chance that the draw took this window, over the windows of its split's frame.
+    it); ``row`` and ``start`` say where the window lies; ``fires`` is true when any position fires; ``stratum`` is one
+    of STRATA (``decile_0`` is the strongest); ``inclusion_probability`` is the chance that the draw took it; it stands
+    for ``multiplicity`` windows, its near-duplicates and itself.
     """
 
     split: Split
@@ -144,15 +148,16 @@ class Example:
     activations: Array
     document: int
     inclusion_probability: float
+    multiplicity: int = 1
 
     def __post_init__(self) -> None:
-        # Millions of these are made: messages are built only when they are needed.
         if self.split not in SPLITS:
             raise InputError(f"split is one of {SPLITS}, got {self.split!r}")
         _require(self.tokens.shape == self.activations.shape and self.tokens.ndim == 1, "a window is two flat arrays")
         _require(len(self.tokens) > 0, "a window has at least one token")
         if not 0.0 < self.inclusion_probability <= 1.0:
             raise InputError(f"an inclusion probability lies in (0, 1], got {self.inclusion_probability}")
+        _require(self.multiplicity > 0, "a window stands for itself at least, got a multiplicity below 1")
         _require(bool(self.activations.max() > 0) == self.fires, "fires must say whether any activation is positive")
 
     @property
@@ -170,45 +175,143 @@ class Example:
         """One past the window's last position in its row."""
         return self.start + len(self.tokens)
 
+    @property
+    def weight(self) -> float:
+        """How many windows of its split's frame it stands for, the draw included."""
+        return self.multiplicity / self.inclusion_probability
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows(Sequence[Example]):
+    """Examples of one window length, as columns.
+
+    ``split`` [n] int8 and ``stratum`` [n] int8 are places in SPLITS and STRATA; ``fires`` [n] bool; ``row``,
+    ``start``, ``document`` and ``multiplicity`` [n] int64; ``probability`` [n] float64 (the inclusion probability);
+    ``tokens`` [n, window] uint32; ``activations`` [n, window] float32. An index gives an Example, a slice Windows.
+    """
+
+    split: Array
+    fires: Array
+    stratum: Array
+    row: Array
+    start: Array
+    document: Array
+    probability: Array
+    multiplicity: Array
+    tokens: Array
+    activations: Array
+
+    def __post_init__(self) -> None:
+        n = len(self.tokens)
+        _require(self.tokens.ndim == 2 and self.tokens.shape[1] > 0, "a window has at least one token")
+        _require(self.tokens.shape == self.activations.shape, "tokens and activations of windows differ in shape")
+        columns = (self.split, self.fires, self.stratum, self.row, self.start, self.document, self.probability)
+        _require(all(c.shape == (n,) for c in (*columns, self.multiplicity)), "columns of windows differ in length")
+        if not n:
+            return
+        for column, known in ((self.split, SPLITS), (self.stratum, STRATA)):
+            _require(column.min() >= 0 and column.max() < len(known), "splits are places in SPLITS, strata in STRATA")
+        low, high = self.probability.min(), self.probability.max()
+        _require(low > 0.0 and high <= 1.0, "an inclusion probability lies in (0, 1]")
+        _require(self.multiplicity.min() > 0, "a window stands for itself at least, got a multiplicity below 1")
+        fires = self.activations.max(axis=1) > 0
+        _require(bool((fires == self.fires).all()), "fires must say whether any activation is positive")
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> Windows:
+        """Return examples as columns. Raises InputError for several window lengths, or a stratum not in STRATA."""
+        given = tuple(examples)
+        lengths = {len(e.tokens) for e in given} or {1}
+        _require(len(lengths) == 1, f"the windows of a set have one length, got {sorted(lengths)}")
+        other = sorted({e.stratum for e in given} - set(STRATA))
+        _require(not other, f"a stratum is one of {', '.join(STRATA)}, got {other[:1]}")
+        whole = [(SPLITS.index(e.split), STRATA.index(e.stratum), e.row, e.start, e.document) for e in given]
+        split, stratum, row, start, document = np.array(whole, np.int64).reshape(-1, 5).T
+        return cls(
+            split=split.astype(np.int8), stratum=stratum.astype(np.int8), row=row, start=start, document=document,
+            fires=np.array([e.fires for e in given], bool),
+            multiplicity=np.array([e.multiplicity for e in given], np.int64),
+            probability=np.array([e.inclusion_probability for e in given]),
+            tokens=np.array([e.tokens for e in given], np.uint32).reshape(len(given), *lengths),
+            activations=np.array([e.activations for e in given], np.float32).reshape(len(given), *lengths),
+        )  # fmt: skip
+
+    def take(self, which: Array | slice) -> Windows:
+        """Return the windows of a mask, of indices or of a slice."""
+        return Windows(**{column.name: getattr(self, column.name)[which] for column in fields(self)})
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Windows: ...
+    def __getitem__(self, index: int | slice) -> Example | Windows:
+        if isinstance(index, slice):
+            return self.take(index)
+        return Example(
+            split=SPLITS[self.split[index]], fires=bool(self.fires[index]), stratum=STRATA[self.stratum[index]],
+            row=int(self.row[index]), start=int(self.start[index]), document=int(self.document[index]),
+            tokens=self.tokens[index], activations=self.activations[index], multiplicity=int(self.multiplicity[index]),
+            inclusion_probability=float(self.probability[index]),
+        )  # fmt: skip
+
+    @property
+    def weight(self) -> Array:
+        """How many windows of its split's frame each stands for, the draw included, float64 [n]."""
+        return np.divide(self.multiplicity, self.probability)
+
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExampleSet:
     """The examples of one latent. Raises InputError when splits share a document or windows repeat or overlap.
 
-    ``maximum`` is the latent's largest activation over the train split (strengths 0–10 are relative to it);
-    ``firing_rate`` the share of test-frame windows that fire; ``frame`` the number of test-frame windows. ``table``,
-    where given, says what the tokens stand for, so that the set can be explained on its own.
+    ``examples`` given one by one become Windows. ``maximum`` is the latent's largest activation over the train split
+    (strengths 0–10 are relative to it); ``firing_rate`` the share of test-frame windows that fire; ``frame`` the number
+    of test-frame windows; ``strata`` the sizes of the silent strata in it (of near-duplicates one counts), and last
+    ``("unused", n)`` where n are of none. ``table``, where given, says what tokens stand for, to explain from the set.
     """
 
     latent: LatentId
-    examples: tuple[Example, ...]
+    examples: Windows | tuple[Example, ...]
     maximum: float
     firing_rate: float
     frame: int
     seed: int
+    strata: tuple[tuple[str, int], ...] = ()
     table: TokenTable | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        owner: dict[int, Split] = {}
-        spans: dict[int, list[tuple[int, int, Split]]] = {}
-        for example in self.examples:
-            known = owner.setdefault(example.document, example.split)
-            if known != example.split:
-                raise InputError(f"{self.latent}: document {example.document} is in both {known} and {example.split}")
-            spans.setdefault(example.row, []).append((example.start, example.stop, example.split))
-        for row, taken in spans.items():
-            taken.sort()
-            for (start, stop, split), (following, _, other) in pairwise(taken):
-                if split == other == "train":  # centred train windows around close firings may overlap
-                    if start == following:
-                        raise InputError(f"{self.latent}: a train window repeats in row {row}")
-                elif stop > following:
-                    raise InputError(f"{self.latent}: windows overlap in row {row} at {following}")
+        windows = self.windows
+        object.__setattr__(self, "examples", windows)
+        order = np.argsort(windows.document, kind="stable")
+        document, split = windows.document[order], windows.split[order]
+        shared = np.flatnonzero((document[1:] == document[:-1]) & (split[1:] != split[:-1]))
+        if len(shared):
+            both = " and ".join(SPLITS[i] for i in sorted(split[shared[0] : shared[0] + 2]))
+            raise InputError(f"{self.latent}: document {document[shared[0]]} is in both {both}")
+        order = np.lexsort((windows.start, windows.row))
+        row, start, learnt = windows.row[order], windows.start[order], windows.split[order] == SPLITS.index("train")
+        apart, shown = np.diff(start), learnt[1:] & learnt[:-1]
+        # Centred train windows around close firings may overlap.
+        wrong = np.flatnonzero((np.diff(row) == 0) & (apart < np.where(shown, 1, windows.tokens.shape[1])))
+        if len(wrong):
+            told = "a train window repeats in row {}" if shown[wrong[0]] else "windows overlap in row {} at {}"
+            raise InputError(f"{self.latent}: {told.format(row[wrong[0]], start[wrong[0] + 1])}")
 
-    def part(self, split: Split, *, fires: bool | None = None) -> tuple[Example, ...]:
+    @property
+    def windows(self) -> Windows:
+        """The examples as columns."""
+        return self.examples if isinstance(self.examples, Windows) else Windows.of(self.examples)
+
+    def part(self, split: Split, *, fires: bool | None = None) -> Windows:
         """Return the examples of a split, all or only the firing or silent ones."""
-        return tuple(e for e in self.examples if e.split == split and (fires is None or e.fires == fires))
+        windows = self.windows
+        chosen = windows.split == SPLITS.index(split)
+        return windows.take(chosen if fires is None else chosen & (windows.fires == fires))
 
 
 @final
@@ -334,18 +437,41 @@ class LatentStats:
 class LLMRequest:
     """One call to a language model; nothing is shared between requests.
 
-    ``messages`` are ``{"role", "content"}`` pairs; ``sample_index`` tells repeated draws of one prompt apart;
-    ``schema`` is a JSON schema the reply should follow where the server can enforce it; ``logprobs`` is the number of
-    alternatives wanted per token, 0 for none.
+    Either ``messages``, ``{"role", "content"}`` pairs of a chat, or ``prompt``, the text to complete. ``sample_index``
+    tells repeated draws of one prompt apart; ``schema`` is a JSON schema the reply should follow where the server can
+    enforce it; ``logprobs`` is the number of alternatives wanted per generated token, 0 for none; ``prompt_logprobs``
+    asks for the log probability of every token of ``prompt``. ``stage`` says what it is for, on the ledger only.
     """
 
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, str], ...] = ()
+    prompt: str | None = None
     temperature: float = 0.0
     max_tokens: int = 500
     seed: int | None = None
     sample_index: int = 0
+    stop: tuple[str, ...] = ()
     schema: Mapping[str, Any] | None = None
     logprobs: int = 0
+    prompt_logprobs: bool = False
+    stage: str = ""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.messages) != (self.prompt is not None), "a request holds either messages or a prompt")
+        _require(self.prompt is not None or not self.prompt_logprobs, "prompt_logprobs are those of a prompt")
+        _require(self.max_tokens > 0, f"max_tokens is at least 1, got {self.max_tokens}")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """One token of a reply or a prompt: its text, log probability, and the likeliest alternatives with theirs.
+
+    ``logprob`` is None where the server gave none, as for the first token of a prompt; it is never 0 instead.
+    """
+
+    token: str
+    logprob: float | None
+    alternatives: Mapping[str, float] = field(default_factory=dict)
 
 
 @final
@@ -353,18 +479,22 @@ class LLMRequest:
 class LLMReply:
     """What came back: ``text`` or None with ``error``; token counts; ``cost`` in dollars where known.
 
-    ``finish`` is ``stop``, ``length``, ``refused`` or ``error``; ``logprobs`` holds per generated token a mapping of
-    alternative to log probability, None where the server gave none.
+    ``finish`` is ``stop``, ``length``, ``refused`` or ``error``. ``prompt_tokens`` and ``completion_tokens`` are None
+    where the server did not count; ``cached_tokens`` of the prompt's tokens came from the server's own prefix cache.
+    ``logprobs`` are those of the generated tokens, ``prompt_logprobs`` those of the prompt's; None where the server
+    gave none. ``cached`` says that the reply was kept from before and cost nothing.
     """
 
     text: str | None
     finish: Literal["stop", "length", "refused", "error"]
     error: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    cached_tokens: int = 0
+    completion_tokens: int | None = None
     cost: float | None = None
     cached: bool = False
-    logprobs: Sequence[Mapping[str, float]] | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
     def __post_init__(self) -> None:
         _require((self.text is None) == (self.finish == "error"), "a reply has a text exactly when it is no error")

@@ -14,7 +14,7 @@ from exegete.types import ExampleSet, Explanation, Firings, LatentId, Rows, Spli
 if TYPE_CHECKING:
     from exegete.llm.client import LLMClient
 
-Need = Literal["examples", "data", "llm", "donors"]
+Need = Literal["examples", "data", "llm", "logprobs", "donors"]
 
 
 class SplitData(ABC):

@@ -312,7 +312,7 @@ def hostile_run(folder: Path) -> tuple[Results, TokenTable, ExampleSet]:
         Example(
             split="train" if row < 2 else "test",
             fires=row % 2 == 0,
-            stratum=HOSTILE,
+            stratum="random" if row % 2 == 0 else "silent",
             row=row,
             start=0,
             tokens=np.array([0, 1, 2, 0], dtype=np.uint32),

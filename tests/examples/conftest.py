@@ -28,6 +28,9 @@ class ToyCorpus:
     mask: Array
     table: TokenTable
 
+    def rows(self, index: slice, /) -> Rows:
+        return Rows(tokens=self.tokens[index], documents=self.owners[index], mask=self.mask[index])
+
 
 @dataclass(frozen=True)
 class ToyStore:

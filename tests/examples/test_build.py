@@ -15,12 +15,20 @@ from exegete.errors import InputError, MismatchError
 from exegete.examples import StoreData, select, select_many, split_segments
 from exegete.types import Array, Example, ExampleSet, Firings, LatentId, Skipped
 
-SMALL = ExampleConfig(window=8, n_train=20, n_test=30, n_negatives=25, min_train=5, min_test=5)
+SMALL = ExampleConfig(window=8, n_train=20, n_test=30, n_negatives=25, min_train=5, min_test=5, duplicates=0)
 Make = Callable[..., Any]
+STRATEGIES = ["top", "random", "quantiles", "bins", "mix", "importance", "diverse"]
 
 
 def opened(store: Any, seed: int = 0) -> StoreData:
-    return StoreData(store, split_segments(store.corpus, seed=seed, test_share=0.4))
+    return StoreData(store, split_segments(store.corpus, seed=seed, test_share=0.4, duplicates=0))
+
+
+def tiled(data: StoreData, split: str, window: int = 8, seed: int = 0) -> list[tuple[int, int]]:
+    """Return row and start of every frame window of a split."""
+    made = data.frame(window, seed)
+    mine = made.split == {"train": 0, "test": 2}[split]
+    return list(zip(made.row[mine].tolist(), made.start[mine].tolist(), strict=True))
 
 
 def chosen(found: ExampleSet | Skipped) -> ExampleSet:
@@ -41,13 +49,12 @@ def place(example: Example) -> tuple[int, int]:
 
 
 def same(a: ExampleSet, b: ExampleSet) -> bool:
-    return (a.latent, a.maximum, a.firing_rate, a.frame) == (b.latent, b.maximum, b.firing_rate, b.frame) and all(
-        (x.split, x.fires, x.stratum, place(x), x.inclusion_probability, x.document)
-        == (y.split, y.fires, y.stratum, place(y), y.inclusion_probability, y.document)
-        and (x.tokens == y.tokens).all()
-        and (x.activations == y.activations).all()
-        for x, y in zip(a.examples, b.examples, strict=True)
-    )
+    one, other = a.windows, b.windows
+    return (a.latent, a.maximum, a.firing_rate, a.frame, a.strata) == (
+        b.latent, b.maximum, b.firing_rate, b.frame, b.strata
+    ) and all(
+        np.array_equal(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one)
+    )  # fmt: skip
 
 
 def planted(store: Any, rows: Array, positions: Array, values: Array) -> Any:
@@ -62,9 +69,9 @@ def store(make_store: Make) -> Any:
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 10**6), st.booleans(), st.sampled_from(["top", "random", "quantiles", "mix"]))
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from(STRATEGIES))
 def test_everything_said_of_a_window_is_true(store: Any, seed: int, centred: bool, strategy: Any) -> None:
-    rows = split_segments(store.corpus, seed=seed, test_share=0.4)
+    rows = split_segments(store.corpus, seed=seed, test_share=0.4, duplicates=0)
     config = dataclasses.replace(SMALL, centred=centred, strategy=strategy, min_train=1, min_test=1)
     for index in (0, 1):
         found = chosen(select(StoreData(store, rows), index, config=config, seed=seed))
@@ -108,6 +115,8 @@ def test_sizes_and_strata_are_as_asked(store: Any) -> None:
         "top": {"top": 20},
         "random": {"random": 20},
         "mix": {"top": 10, **{f"decile_{i}": 1 for i in range(10)}},
+        "importance": {"importance": 20},
+        "diverse": {"diverse": 20},
     }.items():
         config = dataclasses.replace(SMALL, strategy=strategy)  # type: ignore[arg-type]
         other = chosen(select(opened(store), 1, config=config))
@@ -126,13 +135,11 @@ def test_the_defaults_are_the_papers() -> None:
 def test_firing_rate_is_the_share_of_test_frame_windows_that_fire(store: Any) -> None:
     data = opened(store)
     found = chosen(select(data, 0, config=SMALL))
-    tiled, _ = data.frame("test", 8, 0)
-    truth = dense(store, 0)[data.numbers("test")]
-    fires = [bool(truth[r, s : s + 8].any()) for r, s in zip(tiled.row, tiled.start, strict=True)]
+    truth = dense(store, 0)
+    fires = [bool(truth[r, s : s + 8].any()) for r, s in tiled(data, "test")]
     assert found.frame == len(fires)
     assert found.firing_rate == np.mean(fires)
-    places = {(int(data.numbers("test")[r]), int(s)) for r, s in zip(tiled.row, tiled.start, strict=True)}
-    assert {place(e) for e in found.part("test")} <= places
+    assert {place(e) for e in found.part("test")} <= set(tiled(data, "test"))
     silent = found.part("test", fires=False)
     assert {e.inclusion_probability for e in silent} == {25 / (len(fires) - sum(fires))}
 
@@ -148,9 +155,7 @@ def test_the_firing_rate_can_be_read_off_the_inclusion_probabilities(store: Any)
 
 def test_reweighted_test_windows_stand_for_the_whole_frame(store: Any) -> None:
     data = opened(store)
-    tiled, _ = data.frame("test", 8, 0)
-    tokens = data.rows("test").tokens
-    exact = np.mean([tokens[r, s : s + 8].mean() for r, s in zip(tiled.row, tiled.start, strict=True)])
+    exact = np.mean([store.corpus.tokens[r, s : s + 8].mean() for r, s in tiled(data, "test")])
     guesses = []
     for number in range(250):  # the frame of seed 0, other draws: the name of the coder is part of the stream
         found = chosen(select(data, 1, config=SMALL, coder=f"c{number}"))
@@ -207,11 +212,18 @@ def test_centring_changes_what_is_shown_and_nothing_that_is_judged(store: Any) -
         middle += example.activations[4] > 0
         assert at_edge or example.activations[4] > 0
     assert middle > len(centred.part("train")) / 2
+    for n in (20, 10**6):  # where centred windows meet at an edge, one stands for both
+        whole = dataclasses.replace(SMALL, centred=True, strategy="random", n_train=n)
+        weights = [chosen(select(data, i, config=whole)).part("train").weight for i in (0, 1)]
+        truth = [sum(dense(store, i)[r, s : s + 8].any() for r, s in tiled(data, "train")) for i in (0, 1)]
+        assert n == 20 or [w.sum() for w in weights] == truth
+    assert max(w.max() for w in weights) > 1
     off = [e.peak for e in plain.part("train")]
     assert len(set(off)) > 4
-    tiled, _ = data.frame("test", 8, 0)
-    frame = {(int(data.numbers("test")[r]), int(s)) for r, s in zip(tiled.row, tiled.start, strict=True)}
-    assert {place(e) for e in centred.part("test")} <= frame
+    assert {place(e) for e in centred.part("test")} <= set(tiled(data, "test"))
+    assert len({place(e) for e in centred.part("train")}) == len(centred.part("train"))
+    shown = [e.maximum for e in centred.part("train")]
+    assert shown == sorted(shown, reverse=True)
 
 
 def test_where_a_window_lies_says_nothing_about_the_truth(make_store: Make) -> None:
@@ -238,13 +250,10 @@ def test_dead_and_scarce_latents_are_skipped_with_counts(store: Any) -> None:
     data = opened(store)
     dead = LatentId(coder="toy", index=2)
     assert select(data, 2, config=SMALL) == Skipped(latent=dead, stage="select", reason="dead", have=0, need=1)
-    tiled = {split: data.frame(split, 8, 0)[0] for split in ("train", "test")}
+    train, test = np.array(tiled(data, "train")), np.array(tiled(data, "test"))
 
     def firing(n_train: int, n_test: int) -> ExampleSet | Skipped:
-        rows = np.concatenate(
-            [data.numbers("train")[tiled["train"].row[:n_train]], data.numbers("test")[tiled["test"].row[:n_test]]]
-        )
-        positions = np.concatenate([tiled["train"].start[:n_train], tiled["test"].start[:n_test]])
+        rows, positions = np.concatenate([train[:n_train], test[:n_test]]).T
         made = planted(store, rows, positions.astype(np.int32), np.ones(len(rows), np.float32))
         return select(opened(made), 0, config=dataclasses.replace(SMALL, min_train=6))
 
@@ -260,7 +269,7 @@ def test_dead_and_scarce_latents_are_skipped_with_counts(store: Any) -> None:
     assert (few.reason, few.have) == ("too few firing train windows", 0)
     found = chosen(firing(6, 5))
     assert [len(found.part("train")), len(found.part("test", fires=True))] == [6, 5]
-    n = len(tiled["test"])
+    n = len(test)
     few = firing(6, n - 4)
     assert isinstance(few, Skipped)
     assert (few.reason, few.have, few.need) == ("too few silent test windows", 4, 5)
@@ -280,9 +289,8 @@ def test_no_threshold_is_still_one_window(store: Any) -> None:
 def test_a_stored_zero_is_neither_a_firing_nor_a_silence(store: Any) -> None:
     """16-bit values underflow: a window whose only firing is stored as 0 is not shown as silent."""
     data = opened(store)
-    tiled, _ = data.frame("test", 8, 0)
     firings = store.firings(1)
-    row, position = data.numbers("test")[tiled.row], tiled.start
+    row, position = np.array(tiled(data, "test")).T
     fires = np.array([dense(store, 1)[r, s : s + 8].any() for r, s in zip(row, position, strict=True)])
     mute = np.flatnonzero(~fires)[3:]  # all silent windows but three get a stored value of 0 or below
     made = planted(
@@ -318,7 +326,10 @@ def test_firings_point_into_the_rows_of_their_split(store: Any) -> None:
     data = opened(store)
     for split, code in (("train", 0), ("test", 2), ("validation", 1)):
         numbers = data.numbers(split)  # type: ignore[arg-type]
-        assert numbers.tolist() == np.flatnonzero(split_segments(store.corpus, seed=0, test_share=0.4) == code).tolist()
+        assert (
+            numbers.tolist()
+            == np.flatnonzero(split_segments(store.corpus, seed=0, test_share=0.4, duplicates=0) == code).tolist()
+        )
         rows = data.rows(split)  # type: ignore[arg-type]
         assert rows is data.rows(split)  # type: ignore[arg-type]
         assert (rows.tokens == store.corpus.tokens[numbers]).all()
@@ -377,11 +388,11 @@ def test_parts_that_do_not_fit_are_refused(store: Any) -> None:
     with pytest.raises(InputError, match="no train row holds a window of 64 tokens"):
         select(opened(store), 0, config=dataclasses.replace(SMALL, window=64))
     short = opened(store)
-    kept = split_segments(store.corpus, seed=0, test_share=0.4)
+    kept = split_segments(store.corpus, seed=0, test_share=0.4, duplicates=0)
     kept[(kept == 2) & (store.corpus.mask.sum(axis=1) >= 40)] = -1
     with pytest.raises(InputError, match="no test row holds a window of 40 tokens"):
         select(StoreData(store, kept), 0, config=dataclasses.replace(SMALL, window=40))
-    assert len(short.frame("train", 40, 0)[0])
+    assert tiled(short, "train", 40)
 
 
 def test_a_set_knows_what_its_tokens_stand_for(store: Any) -> None:

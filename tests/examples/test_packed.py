@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from exegete.types import SPLITS, Array, ExampleSet, Firings, Rows, Skipped, Spl
 
 Make = Callable[..., Any]
 CODES: dict[Split, int] = {"train": 0, "validation": 1, "test": 2}
-SMALL = ExampleConfig(window=6, n_train=20, n_test=30, n_negatives=25, min_train=1, min_test=1)
+SMALL = ExampleConfig(window=6, n_train=20, n_test=30, n_negatives=25, min_train=1, min_test=1, duplicates=0)
 SIDES: tuple[Split, Split] = ("train", "test")
 FEW = st.lists(st.integers(1, 90), min_size=1, max_size=19)
 MANY = st.lists(st.integers(1, 60), min_size=20, max_size=40)
@@ -28,7 +29,7 @@ FIXED = st.lists(st.sampled_from([None, None, None, *SPLITS]), max_size=25)
 def opened(store: Any, seed: int) -> StoreData | None:
     """Return the data of a store, None when a split would be empty."""
     try:
-        return StoreData(store, split_segments(store.corpus, seed=seed, test_share=0.4))
+        return StoreData(store, split_segments(store.corpus, seed=seed, test_share=0.4, duplicates=0))
     except InputError:
         return None
 
@@ -75,7 +76,7 @@ def test_documents_and_rows_lie_where_they_must(
 
 def test_a_row_may_hold_documents_of_both_sides(make_store: Make) -> None:
     store = make_store(lengths=[7] * 60, rates=[0.2], row=32, packed=True)
-    codes = split_segments(store.corpus, seed=0, test_share=0.5)
+    codes = split_segments(store.corpus, seed=0, test_share=0.5, duplicates=0)
     rows = store.corpus.segments[:, 0]
     mixed = set(rows[codes == 0].tolist()) & set(rows[codes == 2].tolist())
     assert len(mixed) > len(np.unique(rows)) / 2
@@ -89,7 +90,7 @@ def test_a_hashed_document_is_on_the_same_side_packed_or_not(make_store: Make) -
     sides = []
     for packed in (False, True):
         corpus = make_store(lengths=[40, 9, 70] * 10, rates=[], row=32, packed=packed).corpus
-        codes = split_segments(corpus, seed=3, test_share=0.4)
+        codes = split_segments(corpus, seed=3, test_share=0.4, duplicates=0)
         sides.append(dict(zip(corpus.segments[:, 3].tolist(), codes.tolist(), strict=True)))
     assert sides[0] == sides[1]
 
@@ -142,9 +143,9 @@ def test_what_is_shown_and_judged_never_meets(
 ) -> None:
     store = make_store(lengths=lengths, rates=[0.1], row=32, fixed=fixed, seed=seed, packed=True, excluded=0.05)
     data = opened(store, seed)
-    if data is None or not all(len(data.frame(split, 6, seed)[0]) for split in SIDES):
+    if data is None or not all((data.frame(6, seed).split == CODES[split]).any() for split in SIDES):
         return
-    config = ExampleConfig(window=6, n_train=20, n_test=30, n_negatives=25, min_train=1, min_test=1, centred=centred)
+    config = dataclasses.replace(SMALL, centred=centred)
     found = select(data, 0, config=config, seed=seed)
     if isinstance(found, Skipped):
         return
@@ -167,8 +168,9 @@ def test_what_is_shown_and_judged_never_meets(
     assert not taken["train"] & taken["test"]
     if len(lengths) >= 20:
         assert not texts["train"] & texts["test"]
-    tiled, _ = data.frame("test", 6, seed)
-    fires = [dense[data.numbers("test")[r], s : s + 6].any() for r, s in zip(tiled.row, tiled.start, strict=True)]
+    tiled = data.frame(6, seed)
+    mine = tiled.split == 2
+    fires = [dense[r, s : s + 6].any() for r, s in zip(tiled.row[mine], tiled.start[mine], strict=True)]
     assert found.frame == len(fires)
     assert found.firing_rate == pytest.approx(np.mean(fires))
 

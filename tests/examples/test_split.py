@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from exegete.errors import InputError
 from exegete.examples.split import split_documents, split_segments
-from exegete.types import Array, Split
+from exegete.types import Array, Rows, Split
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,34 @@ class Document:
 class Corpus:
     documents: tuple[Document, ...]
     segments: Array
+    tokens: Array
 
     @property
     def owners(self) -> Array:
         return self.segments[:, 3]
 
+    def rows(self, index: slice, /) -> Rows:
+        tokens = self.tokens[index]
+        documents = np.broadcast_to(self.owners[index, None], tokens.shape).astype(np.int32)
+        return Rows(tokens=tokens, documents=documents, mask=np.ones(tokens.shape, dtype=bool))
 
-def corpus(rows_of: list[int], fixed: dict[int, Split] | None = None) -> Corpus:
-    """Documents of so many rows each, one document a row."""
+
+def corpus(rows_of: list[int], fixed: dict[int, Split] | None = None, like: dict[int, int] | None = None) -> Corpus:
+    """Documents of so many rows each, one document a row; all of its own text, or of the text of another (``like``)."""
     documents = tuple(Document(f"d{i}", (fixed or {}).get(i)) for i in range(len(rows_of)))
     owners = np.repeat(np.arange(len(rows_of)), rows_of)
     n = len(owners)
-    return Corpus(documents, np.stack([np.arange(n), np.zeros(n, np.int64), np.full(n, 8), owners], axis=1))
+    segments = np.stack([np.arange(n), np.zeros(n, np.int64), np.full(n, 8), owners], axis=1)
+    text = np.array([(like or {}).get(i, i) for i in range(len(rows_of))], np.int64)
+    begins = np.cumsum(rows_of) - rows_of if rows_of else np.zeros(0, np.int64)
+    tokens = text[owners, None] * 1000 + (np.arange(n) - begins[owners])[:, None] * 8 + np.arange(8)
+    return Corpus(documents, segments, tokens.astype(np.uint32))
+
+
+def sides(made: Corpus, seed: int = 0, **options: Any) -> list[list[int]]:
+    """Return the codes of every document's segments."""
+    codes = split_segments(made, seed=seed, test_share=0.4, **options)
+    return [sorted(set(codes[made.owners == number].tolist())) for number in range(len(made.documents))]
 
 
 def keys(n: int) -> list[str]:
@@ -145,3 +161,81 @@ def test_real_rows_split_before_anything_is_drawn(make_store: Callable[..., Any]
     rows = split_segments(store.corpus, seed=0, test_share=0.4)
     owners = store.corpus.segments[:, 3]
     assert not set(owners[rows == 0]) & set(owners[rows == 2])
+
+
+# -- near-duplicates --------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 9), min_size=20, max_size=40), st.integers(0, 1000))
+def test_near_duplicates_share_the_draw_of_the_smallest_key(texts: list[int], seed: int) -> None:
+    made = corpus([2] * len(texts), like=dict(enumerate(texts)))
+    names = [document.key for document in made.documents]
+    first = [min(name for name, other in zip(names, texts, strict=True) if other == text) for text in texts]
+    expected = split_documents(first, [None] * len(texts), seed=seed, test_share=0.4)
+    try:
+        found = sides(made, seed)
+    except InputError:
+        assert len(set(expected)) == 1
+        return
+    assert found == [[0 if split == "train" else 2] for split in expected]
+
+
+def test_near_duplicates_follow_what_the_source_fixed() -> None:
+    fixed: dict[int, Split] = {3: "test", 4: "train", 5: "validation"}
+    made = corpus([2] * 30, fixed, like={0: 3, 10: 3, 11: 4, 12: 5})
+    for seed in range(5):
+        found = sides(made, seed)
+        assert [found[i] for i in (0, 3, 10)] == [[2]] * 3
+        assert [found[i] for i in (4, 11)] == [[0]] * 2
+        assert [found[i] for i in (5, 12)] == [[1]] * 2
+
+
+def test_of_near_duplicates_fixed_in_several_splits_the_first_split_keeps_its_own() -> None:
+    fixed: dict[int, Split] = {1: "test", 2: "train", 3: "validation", 11: "test", 12: "validation", 20: "test"}
+    made = corpus([2] * 30, fixed, like={1: 0, 2: 0, 3: 0, 11: 10, 12: 10, 13: 10})
+    found = sides(made)
+    assert found[:4] == [[0], [-1], [0], [-1]]  # train, and what nobody fixed with it
+    assert found[10:14] == [[1], [-1], [1], [1]]
+    assert found[20] == [2]
+
+
+def test_zero_lets_near_duplicates_part() -> None:
+    made = corpus([2] * 30, {1: "test", 2: "train"}, like={1: 0, 2: 0, **dict.fromkeys(range(5, 30), 5)})
+    names = [document.key for document in made.documents]
+    fixed = [document.split for document in made.documents]
+    expected = split_documents(names, fixed, seed=1, test_share=0.4)
+    assert sides(made, 1, duplicates=0) == [[0 if split == "train" else 2] for split in expected]
+    assert expected.count("test") > 5
+
+
+def test_of_few_documents_the_block_of_training_keeps_near_duplicates() -> None:
+    rows_of = [4] * 10
+    for seed in range(6):
+        plain = sides(corpus(rows_of), seed)
+        # Document 8 has the text of 1; they lie in different blocks, and the cut divides neither.
+        made = corpus(rows_of, like={8: 1})
+        found = sides(made, seed)
+        assert sorted([plain[1], plain[8]]) == [[0], [2]]
+        assert sorted([found[1], found[8]]) == [[-1], [0]]
+        assert [s for i, s in enumerate(found) if i not in (1, 8)] == [
+            s for i, s in enumerate(plain) if i not in (1, 8)
+        ]
+        assert sides(made, seed, duplicates=0) == plain
+
+
+def test_a_cut_document_keeps_of_its_near_duplicates_what_is_trained_on() -> None:
+    made = corpus([3, 30, 3], like={2: 1})
+    for seed in range(6):
+        plain = sides(made, seed)
+        assert plain[1] == [-1, 0, 2]  # 30 rows and 3 of its beginning: a Jaccard similarity of 0.1
+    alike = corpus([6, 5], like={1: 0})
+    with pytest.raises(InputError, match=r"2 documents in 11 rows, 2 of them near-duplicates of one another; give"):
+        split_segments(alike, seed=0, test_share=0.4)
+    assert sorted(set(split_segments(alike, seed=0, test_share=0.4, duplicates=0).tolist())) == [-1, 0, 2]
+
+
+def test_clusters_of_another_length_are_refused() -> None:
+    with pytest.raises(InputError, match="a key and a cluster, got 3 and 2"):
+        split_documents(keys(3), [None] * 3, seed=0, test_share=0.5, clusters=np.arange(2))
+    with pytest.raises(InputError, match="duplicates lies between"):
+        split_segments(corpus([1] * 30), seed=0, test_share=0.4, duplicates=0.2)

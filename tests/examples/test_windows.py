@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exegete.errors import InputError
-from exegete.examples.windows import Frame, activations, centred, fires_per_window, frame, ordered, stretches
+from exegete.examples.windows import activations, centred, frame, joined, lookup, stretches
 from exegete.types import Array, Rows
 
 
@@ -63,13 +65,6 @@ def test_the_frame_holds_each_counted_position_at_most_once(
     assert taken.max(initial=0) <= 1
     places = made.row * rows.length + made.start
     assert (np.diff(places) >= window).all()
-    lookup = made.lookup()
-    assert ((lookup >= 0) == (taken.ravel() == 1)).all()
-    assert (lookup[taken.ravel() == 0] == -1).all()
-    assert lookup.dtype == np.int32
-    assert lookup.shape == (rows.documents.size,)
-    for number, place in enumerate(places):
-        assert (lookup[place : place + window] == number).all()
     # No stretch that could hold a window is left without one, and what is left at its ends is shorter than a window.
     for row, first, last in zip(*stretches(rows), strict=True):
         mine = made.start[(made.row == row) & (made.first == first)]
@@ -88,7 +83,8 @@ def test_the_offset_depends_on_seed_and_row_alone(seed: int, order: list[int]) -
     numbers = np.array(order[:5]) + 100
     part = frame(plain(5, 40), 8, seed=seed, numbers=numbers)
     for place, number in enumerate(numbers):
-        assert part.start[part.row == place].tolist() == whole.start[whole.row == number - 100].tolist()
+        assert part.start[part.row == number].tolist() == whole.start[whole.row == number].tolist()
+        assert (part.row == number).sum() == (whole.row == order[place] + 100).sum() > 0
 
 
 def test_offsets_are_uniform_over_the_window() -> None:
@@ -138,42 +134,92 @@ def test_no_window_holds_bos_or_padding() -> None:
 
 def test_a_frame_without_rows_and_wrong_arguments() -> None:
     assert len(frame(plain(0, 10), 4, seed=0)) == 0
-    assert frame(plain(0, 10), 4, seed=0).lookup().shape == (0,)
     with pytest.raises(InputError, match="at least one token, got 0"):
         frame(plain(1, 10), 0, seed=0)
     with pytest.raises(InputError, match="one number"):
         frame(plain(2, 10), 4, seed=0, numbers=np.arange(3))
 
 
-def fire(made: Frame, rng: np.random.Generator, n: int) -> tuple[Array, Array]:
-    places = np.sort(rng.choice(made.n_rows * made.length, n, replace=False))
+@given(MESSY)
+def test_pieces_make_the_same_frame(case: tuple[list[list[int]], list[list[int]], int, int]) -> None:
+    owners, counted, window, seed = case
+    rows = rows_of(owners, [[int(c > 0) for c in line] for line in counted])
+    whole = frame(rows, window, seed=seed)
+    pieces = [
+        frame(
+            Rows(tokens=rows.tokens[i : i + 1], documents=rows.documents[i : i + 1], mask=rows.mask[i : i + 1]),
+            window,
+            seed=seed,
+            numbers=np.array([i]),
+        )
+        for i in range(len(rows))
+    ]
+    made = joined(pieces)
+    assert made.n_rows == len(rows)
+    for name in ("row", "start", "document", "split", "first", "last"):
+        assert getattr(made, name).tolist() == getattr(whole, name).tolist()
+        assert getattr(made, name).dtype == getattr(whole, name).dtype
+
+
+@given(MESSY)
+def test_every_position_knows_its_window_and_its_split(case: tuple[list[list[int]], list[list[int]], int, int]) -> None:
+    owners, counted, window, seed = case
+    rows = rows_of(owners, [[int(c > 0) for c in line] for line in counted])
+    made = frame(rows, window, seed=seed)
+    segments, codes = [], []
+    expected = np.full(rows.documents.shape, -4)
+    for r, line in enumerate(owners):
+        edges = [0, *(i for i in range(1, 12) if line[i] != line[i - 1]), 12]
+        for start, stop in pairwise(edges):
+            if line[start] >= 0:
+                segments.append((r, start, stop, line[start]))
+                codes.append((line[start] + r) % 4 - 1)
+                expected[r, start:stop] = -1 - codes[-1] if codes[-1] >= 0 else -4
+    for number, (row, start) in enumerate(zip(made.row, made.start, strict=True)):
+        expected[row, start : start + window] = number
+    table = lookup(made, np.array(segments, np.int64).reshape(-1, 4), np.array(codes, np.int8))
+    places = np.arange(expected.size)
+    assert table.windows(places // 12, places).tolist() == expected.reshape(-1).tolist()
+    assert table.nth.itemsize == 1
+
+
+def test_a_row_of_very_many_windows_is_looked_up_too() -> None:
+    made = frame(plain(2, 600), 1, seed=0)
+    table = lookup(made, np.array([[0, 0, 600, 0], [1, 0, 600, 0]]), np.array([0, 2], np.int8))
+    assert table.nth.dtype == np.uint16
+    assert table.windows(np.repeat([0, 1], 600), np.arange(1200)).tolist() == list(range(1200))
+
+
+def test_special_tokens_that_stand_before_a_text_may_begin_its_window() -> None:
+    tokens = np.array([[7, 8, 1, 2, 3, 4, 7, 5, 6, 1, 8, 9]], np.uint32)  # 7 and 8 are special
+    mask = np.array([[0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 0, 0]], bool)
+    documents = np.array([[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1]], np.int32)
+    rows = Rows(tokens=tokens, documents=documents, mask=mask)
+
+    def spans(window: int, special: list[int] | None) -> set[tuple[int, int]]:
+        made = [frame(rows, window, seed=s, special=special) for s in range(40)]
+        assert all(m.keep_bos == (special is not None) for m in made)
+        return {(int(a), int(b)) for m in made for a, b in zip(m.first, m.last, strict=True)}
+
+    assert spans(3, None) == {(2, 6), (7, 10)}
+    assert spans(3, [7, 8]) == {(0, 6), (6, 10)}
+    assert spans(3, [8]) == {(1, 6), (7, 10)}  # 7 is left out for another reason
+    assert spans(2, [7, 8]) == {(1, 6), (6, 10)}  # a window holds some text
+    assert spans(1, [7, 8]) == {(2, 6), (7, 10)}
+    starts = [frame(rows, 3, seed=s, special=[7, 8]).start.tolist() for s in range(60)]
+    assert {line[0] for line in starts} == {0, 1, 2}
+
+
+def fire(size: int, rng: np.random.Generator, n: int) -> tuple[Array, Array]:
+    places = np.sort(rng.choice(size, n, replace=False))
     return places, rng.integers(-1, 5, n).astype(np.float32)
-
-
-@settings(max_examples=60)
-@given(st.integers(0, 10**6), st.integers(0, 60))
-def test_fires_per_window_is_the_slow_obvious_one(seed: int, n: int) -> None:
-    rng = np.random.default_rng(seed)
-    made = frame(plain(4, 30, bos=True), 7, seed=seed)
-    places, values = fire(made, rng, n)
-    windows, peaks, maxima = fires_per_window(places, values, made.lookup())
-    slow = []
-    for number in range(len(made)):
-        base = int(made.row[number]) * 30 + int(made.start[number])
-        inside = [(float(v), -int(p)) for p, v in zip(places, values, strict=True) if base <= p < base + 7]
-        if inside:
-            value, place = max(inside)  # of equal values the first place
-            slow.append((number, -place, value))
-    assert list(zip(windows.tolist(), peaks.tolist(), maxima.tolist(), strict=True)) == slow
-    assert windows.dtype == np.int64
 
 
 @settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(0, 60))
 def test_activations_are_the_slow_obvious_ones(seed: int, n: int) -> None:
     rng = np.random.default_rng(seed)
-    made = frame(plain(4, 30), 7, seed=seed)
-    places, values = fire(made, rng, n)
+    places, values = fire(120, rng, n)
     whole = np.zeros(120, np.float32)
     whole[places] = values
     base = rng.integers(0, 113, 9)  # overlapping and repeated windows too
@@ -183,34 +229,21 @@ def test_activations_are_the_slow_obvious_ones(seed: int, n: int) -> None:
     assert activations(places, values, base[:0], 7).shape == (0, 7)
 
 
-def test_firings_are_put_in_order() -> None:
-    places, values = ordered(np.array([1, 0, 0]), np.array([2, 5, 3], np.int32), np.array([1.0, 2.0, 3.0]), 10)
-    assert (places.tolist(), values.tolist()) == ([3, 5, 12], [3.0, 2.0, 1.0])
-    places, values = ordered(np.array([0, 1]), np.array([9, 0], np.int32), np.array([1.0, 2.0]), 10)
-    assert (places.tolist(), values.tolist()) == ([9, 10], [1.0, 2.0])
-    # A row number times the length may exceed 32 bits.
-    assert ordered(np.array([2**26]), np.array([1], np.int32), np.array([1.0]), 256)[0].tolist() == [2**34 + 1]
-
-
 def test_a_centred_window_is_centred() -> None:
     """Peer's defect: the centring flag is inverted, so "centred" windows are not and their negatives give it away."""
     made = frame(plain(3, 100, bos=True), 8, seed=1)
     for position, start in [(50, 46), (1, 1), (4, 1), (5, 1), (6, 2), (99, 92), (95, 91), (96, 92), (97, 92)]:
         window = int(np.flatnonzero(made.row == 2)[0])
-        row, first = centred(made, np.array([window]), np.array([2 * 100 + position]))
-        assert (row.tolist(), first.tolist()) == ([2], [start])
+        assert centred(made, np.array([window]), np.array([2 * 100 + position])).tolist() == [200 + start]
 
 
-def test_centred_windows_stay_in_their_stretch_and_come_once() -> None:
-    rows = rows_of([[0] * 12 + [1] * 12])
-    made = frame(rows, 4, seed=0)
-    lookup = made.lookup()
-    places = np.flatnonzero(lookup >= 0)
-    row, start = centred(made, lookup[places], places)
-    assert len(set(start.tolist())) == len(start)
-    assert (np.diff(start) > 0).all()
-    assert all(s + 4 <= 12 or s >= 12 for s in start.tolist())
-    assert not row.any()
+def test_centred_windows_stay_in_their_stretch() -> None:
+    made = frame(rows_of([[0] * 12 + [1] * 12]), 4, seed=0)
+    for number, begin in enumerate(made.start.tolist()):
+        peaks = np.arange(begin, begin + 4)
+        start = centred(made, np.full(4, number), peaks)
+        assert all(s + 4 <= 12 for s in start.tolist()) if begin < 12 else (start >= 12).all()
+        assert ((start <= peaks) & (peaks < start + 4)).all()
 
 
 def test_the_frame_is_pinned() -> None:

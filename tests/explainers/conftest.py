@@ -22,7 +22,7 @@ def example(split: Split, tokens: Sequence[int], activations: Sequence[float], p
     return Example(
         split=split,
         fires=bool((values > 0).any()),
-        stratum="x",
+        stratum="random" if (values > 0).any() else "silent",
         row=place,
         start=4,
         tokens=np.array(tokens, dtype=np.uint32),
@@ -34,7 +34,7 @@ def example(split: Split, tokens: Sequence[int], activations: Sequence[float], p
 
 def view(n_train: int = 3, llm: Any = None, data: SplitData | None = None, index: int = CAT) -> LatentView:
     train = [example("train", [1, CAT, 2, CAT], [0, 4.0 - i % 3, 0, 1.0], i) for i in range(n_train)]
-    test = [example("test", [5, CAT, 6], [0, 1, 0], 100), example("test", [7, 8, 9], [0, 0, 0], 101)]
+    test = [example("test", [5, CAT, 6, 7], [0, 1, 0, 0], 100), example("test", [7, 8, 9, 5], [0, 0, 0, 0], 101)]
     examples = ExampleSet(
         latent=LatentId(coder="c", index=index),
         examples=(*train, *test),

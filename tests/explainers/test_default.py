@@ -65,6 +65,19 @@ def test_the_prompt_shows_train_windows_with_marks_and_strengths_of_the_latents_
     assert (request.temperature, request.max_tokens) == (0.0, 500)
 
 
+def test_the_request_is_built_without_sending_it(make_view: Make) -> None:
+    client = ScriptedClient(["[EXPLANATION]: x"])
+    view = make_view(3, client)
+    request = DefaultExplainer(max_tokens=77).request(view)
+    assert client.requests == []
+    list(DefaultExplainer(max_tokens=77).explain([view]))
+    assert client.requests == [request]
+    assert (request.stage, request.schema, request.logprobs, request.max_tokens) == ("explain", None, 0, 77)
+    assert DefaultExplainer(max_tokens=77).request(make_view(3)) == request  # no language model is needed for it
+    with pytest.raises(InputError, match="no firing train window"):
+        DefaultExplainer().request(make_view(0, client))
+
+
 def test_40_train_windows_at_most_and_never_a_test_window(make_view: Make) -> None:
     client = ScriptedClient(["[EXPLANATION]: x", "[EXPLANATION]: x", "[EXPLANATION]: x"])
     explanation = one(make_view(50, client))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import selectors
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-Answer = tuple[int, Any]
+Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 
 
 @contextmanager
 def raw_server(answer: Callable[[str, dict[str, Any]], Answer]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Answer every request with (status, body); a body of bytes goes out as it is. Yields URL and what was asked."""
+    """Answer every request with (status, body[, headers]); bytes go out as they are. Yields URL and what was asked."""
     seen: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -28,12 +31,14 @@ def raw_server(answer: Callable[[str, dict[str, Any]], Answer]) -> Iterator[tupl
 
         def _answer(self, asked: dict[str, Any]) -> None:
             seen.append({"path": self.path, "headers": {k.lower(): v for k, v in self.headers.items()}, "body": asked})
-            status, body = answer(self.path, asked)
+            status, body, *more = answer(self.path, asked)
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             try:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
+                for name, value in (more[0] if more else {}).items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
             except (BrokenPipeError, ConnectionResetError):  # the client gave up waiting
@@ -54,6 +59,43 @@ def raw_server(answer: Callable[[str, dict[str, Any]], Answer]) -> Iterator[tupl
         thread.join()
 
 
+@pytest.fixture(autouse=True)
+def _own_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Kept replies and prices of the developer never reach a test, nor those of one test another."""
+    monkeypatch.setenv("EXEGETE_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
 @pytest.fixture
 def serving() -> Any:
     return raw_server
+
+
+class _Jumping(selectors.DefaultSelector):
+    """Waits for nothing: the time it should wait has passed at once."""
+
+    now = 1000.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        if timeout is not None and timeout > 0:
+            self.now += timeout
+            return super().select(0)
+        return super().select(timeout)
+
+
+def _run_virtual(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine in a loop whose clock jumps to whatever is due next."""
+
+    def loop() -> asyncio.AbstractEventLoop:
+        selector = _Jumping()
+        made = asyncio.SelectorEventLoop(selector)
+        made.time = lambda: selector.now  # type: ignore[method-assign]
+        return made
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        return runner.run(work)
+
+
+@pytest.fixture(scope="session")
+def run_virtual() -> Any:
+    return _run_virtual

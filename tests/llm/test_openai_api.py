@@ -2,15 +2,24 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import socketserver
+import struct
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
 
 from exegete.config import LLMConfig
 from exegete.errors import InputError, LLMError, NotFoundError
-from exegete.llm.openai_api import OpenAIClient, client_from_spec, parse_spec, without_reasoning
-from exegete.types import LLMReply, LLMRequest
+from exegete.llm.backend import Capabilities, TransientError
+from exegete.llm.open import client_from_spec
+from exegete.llm.openai_api import OpenAIBackend
+from exegete.llm.openai_endpoint import parse_spec
+from exegete.llm.openai_reading import without_reasoning
+from exegete.types import LLMReply, LLMRequest, TokenLogprob
 
 KEYS = (
     "OPENAI_API_KEY",
@@ -40,25 +49,31 @@ def chat(content: Any = "hi", finish: str = "stop", **message: Any) -> dict[str,
     }
 
 
-def client_of(url: str, **options: Any) -> OpenAIClient:
+def client_of(url: str, **options: Any) -> OpenAIBackend:
     endpoint = parse_spec(f"{url}#toy")
     assert endpoint is not None
-    return OpenAIClient(endpoint, **{"timeout": 5.0, "max_retries": 0, **options})
+    return OpenAIBackend(endpoint, **{"timeout": 5.0, **options})
 
 
-def send(client: OpenAIClient, *requests: LLMRequest) -> list[LLMReply]:
+def send(client: OpenAIBackend, *requests: LLMRequest) -> list[LLMReply]:
     async def work() -> list[LLMReply]:
         try:
-            return [await client.reply(r) for r in requests]
+            return [await client.send(r) for r in requests]
         finally:
             await client.close()
 
     return asyncio.run(work())
 
 
-def reply_to(serving: Any, body: Any, status: int = 200, **options: Any) -> LLMReply:
-    with serving(lambda path, asked: (status, body)) as (url, _):
-        return send(client_of(url), request(**options))[0]
+def reply_to(serving: Any, body: Any, status: int = 200, headers: Any = None, **options: Any) -> LLMReply:
+    with serving(lambda path, asked: (status, body, headers or {})) as (url, _):
+        return send(client_of(url), LLMRequest(**options) if "prompt" in options else request(**options))[0]
+
+
+def failure_of(serving: Any, *answer: Any, **options: Any) -> LLMError:
+    with pytest.raises(LLMError) as caught:
+        reply_to(serving, answer[1], answer[0], *answer[2:], **options)
+    return caught.value
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -116,6 +131,7 @@ def test_services_need_their_own_key(spec: str, variable: str, monkeypatch: pyte
     assert client is not None
     assert (client.name, client.temperature) == (spec, 0.7)
     assert SECRET not in repr(client)
+    client.end()
 
 
 # -- replies ----------------------------------------------------------------------------------------------------------
@@ -159,76 +175,196 @@ def test_finish_reasons_and_shapes_of_content(serving: Any, body: Any, text: str
         b"",
         b"<html>nginx</html>",
         b"{",
+        b'{"choices": [{"message": {"content": "cut o',
         b"null",
         b'"text"',
         b"[1]",
         {"choices": []},
         {"choices": None},
-        {"choices": [None]},
-        {"choices": [{"message": None}]},
         {"error": {"message": "model is loading"}},
-        chat(None),
-        chat(None, "tool_calls"),
-        chat(12),
+        {"error": "model is loading"},
+        {"choices": [{"finish_reason": "error", "error": {"message": "upstream"}}]},
         b"\xff\xfe",
+        b"[" * 100_000,
     ],
 )
-def test_what_is_no_completion_is_an_error_and_never_a_text(serving: Any, body: Any) -> None:
+def test_what_is_no_completion_may_pass_and_is_never_a_text(serving: Any, body: Any) -> None:
+    failure = failure_of(serving, 200, body)
+    assert isinstance(failure, TransientError)
+    assert not failure.unpaid
+    assert "\n" not in str(failure)
+    assert len(str(failure)) <= 300
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"choices": [None]}, {"choices": [{"message": None}]}, chat(None), chat(None, "tool_calls"), chat(12)],
+)
+def test_an_answer_without_a_text_is_an_error(serving: Any, body: Any) -> None:
     reply = reply_to(serving, body)
-    assert (reply.finish, reply.text) == ("error", None)
-    assert reply.error
+    assert (reply.finish, reply.text, reply.error) == ("error", None, "the answer has no text")
+
+
+def test_an_answer_without_a_text_keeps_its_counts(serving: Any) -> None:
+    assert reply_to(serving, chat(None)).completion_tokens == 3
 
 
 def test_odd_numbers_do_no_harm(serving: Any) -> None:
-    body = chat("x") | {"usage": {"prompt_tokens": "many", "completion_tokens": -1, "cost": "free"}}
+    usage = {"prompt_tokens": "many", "completion_tokens": -1, "cost": "free", "prompt_tokens_details": 3}
+    reply = reply_to(serving, chat("x") | {"usage": usage})
+    assert (reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens, reply.cost) == (None, 0, None, None)
+
+
+def test_missing_usage_is_unknown_and_not_zero(serving: Any) -> None:
+    body = {key: value for key, value in chat("x").items() if key != "usage"}
     reply = reply_to(serving, body)
-    assert (reply.prompt_tokens, reply.completion_tokens, reply.cost) == (0, 0, None)
+    assert (reply.prompt_tokens, reply.completion_tokens, reply.cost) == (None, None, None)
 
 
-@pytest.mark.parametrize("status", [400, 409, 422, 429, 500, 503])
-def test_failed_calls_are_errors_with_a_short_reason(serving: Any, status: int) -> None:
-    reply = reply_to(serving, {"error": {"message": "too long " * 200}}, status)
-    assert reply.finish == "error"
-    assert f"HTTP {status}" in str(reply.error)
-    assert len(str(reply.error)) <= 300
+def test_tokens_of_the_servers_own_prefix_cache_are_told(serving: Any) -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 6}}
+    assert reply_to(serving, chat("x") | {"usage": usage}).cached_tokens == 6
 
 
-@pytest.mark.parametrize(("status", "hint"), [(401, "EXEGETE_API_KEY"), (402, "credit"), (403, "key"), (404, "'toy'")])
+@pytest.mark.parametrize(
+    ("status", "throttled", "unpaid"),
+    [(408, True, False), (409, False, True), (429, True, True), (500, False, False), (503, True, False)],
+)
+def test_what_may_pass_says_so_with_a_short_reason(serving: Any, status: int, throttled: bool, unpaid: bool) -> None:
+    failure = failure_of(serving, status, {"error": {"message": "too long " * 200}})
+    assert isinstance(failure, TransientError)
+    assert f"HTTP {status}" in failure.reason
+    assert len(failure.reason) <= 300
+    assert (failure.status, failure.throttled, failure.unpaid) == (status, throttled, unpaid)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "3"}, 3.0),
+        ({"Retry-After": "0.25"}, 0.25),
+        ({"Retry-After-Ms": "1500", "Retry-After": "9"}, 1.5),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"Retry-After": "soon"}, None),
+        ({"Retry-After": "inf"}, None),
+        ({"Retry-After": "-4"}, 0.0),
+        ({}, None),
+    ],
+)
+def test_retry_after_is_read_in_all_its_forms(serving: Any, headers: dict[str, str], seconds: float | None) -> None:
+    failure = failure_of(serving, 429, {}, headers)
+    assert isinstance(failure, TransientError)
+    assert failure.retry_after == seconds
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [(400, "odd parameter"), (401, "EXEGETE_API_KEY"), (402, "credit"), (403, "key"), (404, "'toy'"), (405, "405"),
+     (422, "odd parameter"), (501, "501")],
+)  # fmt: skip
 def test_what_no_call_can_mend_is_raised_naming_the_server(serving: Any, status: int, hint: str) -> None:
     with (
-        serving(lambda path, asked: (status, {"error": {"message": f"bad key {SECRET}"}})) as (url, _),
+        serving(lambda path, asked: (status, {"error": {"message": f"odd parameter, key {SECRET}"}})) as (url, seen),
         pytest.raises(LLMError, match=hint) as caught,
     ):
         send(client_of(url), request())
+    assert not isinstance(caught.value, TransientError)
     assert url in str(caught.value)
     assert SECRET not in str(caught.value)
+    assert len(seen) == 1
 
 
-def test_a_moderated_text_is_a_refusal_of_that_text(serving: Any) -> None:
-    reply = reply_to(serving, {"error": {"message": "your input was flagged by moderation"}}, 403)
-    assert (reply.finish, reply.text) == ("refused", "")
+def test_an_empty_account_is_not_a_busy_server(serving: Any) -> None:
+    failure = failure_of(serving, 429, {"error": {"code": "insufficient_quota", "message": "check your plan"}})
+    assert not isinstance(failure, TransientError)
+    assert "credit" in str(failure)
 
 
-def test_a_failure_that_passes_is_retried(serving: Any) -> None:
-    left = [500, 200]
-    with serving(lambda path, asked: (left.pop(0), chat("there"))) as (url, seen):
-        (reply,) = send(client_of(url, max_retries=2), request())
-    assert reply.text == "there"
-    assert len(seen) == 2
+@pytest.mark.parametrize(("code", "passes"), [(502, True), (429, True), (402, False), (401, False)])
+def test_an_error_inside_a_good_answer_has_the_status_it_names(serving: Any, code: int, passes: bool) -> None:
+    failure = failure_of(serving, 200, {"error": {"code": code, "message": "provider"}})
+    assert isinstance(failure, TransientError) == passes
 
 
-def test_a_server_that_hangs_is_a_failed_call(serving: Any) -> None:
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (403, {"error": {"message": "your input was flagged by moderation"}}),
+        (400, {"error": {"code": "content_filter", "message": "ResponsibleAIPolicyViolation"}}),
+        (400, {"error": {"code": "invalid_prompt"}}),
+    ],
+)
+def test_a_filtered_text_is_a_refusal_of_that_text(serving: Any, status: int, body: Any) -> None:
+    reply = reply_to(serving, body, status)
+    assert (reply.finish, reply.text, reply.completion_tokens) == ("refused", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, {"error": {"code": "context_length_exceeded", "message": "This model's maximum context length is 8192"}}),
+        (400, {"error": {"message": "the request exceeds the available context size"}}),
+        (413, b"<html>too large</html>"),
+    ],
+)
+def test_a_text_too_long_fails_by_itself(serving: Any, status: int, body: Any) -> None:
+    reply = reply_to(serving, body, status, schema={"type": "object"})
+    assert (reply.finish, reply.prompt_tokens) == ("error", 0)
+    assert "too long for 'toy'" in str(reply.error)
+
+
+@pytest.mark.parametrize("drip", [False, True])
+def test_a_server_that_hangs_or_drips_has_no_more_time_than_it_was_given(serving: Any, drip: bool) -> None:
     release = threading.Event()
 
     def wait(path: str, asked: Any) -> Any:
         release.wait(20)
         return 200, chat()
 
-    with serving(wait) as (url, _):
-        (reply,) = send(client_of(url, timeout=0.2), request())
+    def dripping(handler: Any) -> None:
+        handler.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        while not release.wait(0.05):
+            handler.request.sendall(b" ")
+
+    with serving(wait) as (url, _), socket_server(dripping) as raw:
+        with pytest.raises(TransientError) as caught:
+            send(client_of(raw if drip else url, timeout=0.3), request())
         release.set()
-    assert reply.finish == "error"
-    assert "did not answer within 0.2 s" in str(reply.error)
+    assert "did not answer within 0.3 s" in caught.value.reason
+    assert (caught.value.throttled, caught.value.unpaid) == (True, False)
+
+
+@contextmanager
+def socket_server(answer: Any) -> Iterator[str]:
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65536)
+            with suppress(OSError):
+                answer(self)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_broken_connection_may_pass_and_may_have_cost(serving: Any) -> None:
+    def reset(handler: Any) -> None:
+        handler.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        handler.request.close()
+
+    with socket_server(reset) as url, pytest.raises(TransientError, match="cannot be reached") as caught:
+        send(client_of(url), request())
+    assert not caught.value.unpaid
+
+
+def test_a_server_that_is_not_there_has_cost_nothing() -> None:
+    with pytest.raises(TransientError, match="cannot be reached") as caught:
+        send(client_of("http://127.0.0.1:9"), request())
+    assert caught.value.unpaid
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -251,11 +387,12 @@ def test_keys_are_taken_out_of_errors(serving: Any, monkeypatch: pytest.MonkeyPa
     body = {"error": {"message": f"you sent plain.key.42 and {SECRET}"}}
     with serving(lambda path, asked: (400, body)) as (url, _):
         client = client_of(url)
-        (reply,) = send(client, request())
-    shown = f"{reply.error} {client!r} {client.name}"
+        with pytest.raises(LLMError) as caught:
+            send(client, request())
+    shown = f"{caught.value} {client!r} {client.name}"
     assert "plain.key.42" not in shown
     assert SECRET not in shown
-    assert "[key]" in str(reply.error)
+    assert "[key]" in str(caught.value)
     assert os.environ["EXEGETE_API_KEY"] == "plain.key.42"
 
 
@@ -277,28 +414,208 @@ def test_a_model_that_wants_another_limit_gets_it_and_it_is_remembered(serving: 
     assert seen[-1]["body"]["max_completion_tokens"] == 9
 
 
-@pytest.mark.parametrize("status", [400, 500])
-def test_a_schema_that_a_server_refuses_is_left_out(serving: Any, status: int) -> None:
-    with serving(lambda path, asked: (status if "response_format" in asked else 200, chat("[1]"))) as (url, seen):
-        (reply,) = send(client_of(url), request(schema={"type": "object"}))
-    assert reply.text == "[1]"
-    assert [("response_format" in s["body"]) for s in seen] == [True, False]
+def format_of(asked: Any) -> str:
+    return str(asked["body"].get("response_format", {}).get("type", "none"))
+
+
+@pytest.mark.parametrize("status", [400, 422, 500])
+@pytest.mark.parametrize("known", ["json_schema", "json_object", "none"])
+def test_a_schema_is_given_in_the_form_that_a_server_takes(serving: Any, status: int, known: str) -> None:
+    def answer(path: str, asked: dict[str, Any]) -> Any:
+        given = asked.get("response_format", {}).get("type", "none")
+        return (200, chat("[1]")) if given == known else (status, {"error": {"message": "no"}})
+
+    with serving(answer) as (url, seen):
+        first, second = send(client_of(url), *[request(schema={"type": "object"})] * 2)
+    assert first.text == second.text == "[1]"
+    forms = ["json_schema", "json_object", "none"]
+    assert [format_of(s) for s in seen] == [*forms[: forms.index(known) + 1], known]
+    if known == "json_object":
+        assert seen[-1]["body"]["response_format"]["schema"] == {"type": "object"}
+
+
+def test_a_form_that_was_answered_is_not_given_up_for_a_server_error(serving: Any) -> None:
+    left = [200, 500, 200]
+    with serving(lambda path, asked: (left.pop(0), chat("[1]"))) as (url, seen):
+        client = client_of(url)
+        send(client, request(schema={"type": "object"}))
+        with pytest.raises(TransientError):
+            send(client, request(schema={"type": "object"}))
+        send(client, request(schema={"type": "object"}))
+    assert [format_of(s) for s in seen] == ["json_schema"] * 3
 
 
 def test_a_server_error_changes_no_sampling(serving: Any) -> None:
     with serving(lambda path, asked: (500, {"error": {"message": "temperature max_completion_tokens"}})) as (url, seen):
-        (reply,) = send(client_of(url), request())
-    assert reply.finish == "error"
-    assert len(seen) == 1
+        with pytest.raises(TransientError):
+            send(client_of(url), request())
+        assert len(seen) == 1
+
+
+def test_a_model_that_gives_no_logprobs_is_asked_without(serving: Any) -> None:
+    def answer(path: str, asked: dict[str, Any]) -> Any:
+        if "logprobs" in asked:
+            return 403, {"error": {"message": "You are not allowed to request logprobs from this model"}}
+        return 200, chat("1")
+
+    with serving(answer) as (url, seen):
+        replies = send(client_of(url), *[request(logprobs=2)] * 2)
+    assert [r.logprobs for r in replies] == [None, None]
+    assert len(seen) == 3
+
+
+def with_logprobs(content: str, *tokens: Any) -> dict[str, Any]:
+    body = chat(content)
+    body["choices"][0]["logprobs"] = {"content": list(tokens)}
+    return body
 
 
 def test_logprobs_are_read_where_given_and_none_where_not(serving: Any) -> None:
-    body = chat("1")
-    body["choices"][0]["logprobs"] = {
-        "content": [{"token": "1", "top_logprobs": [{"token": "1", "logprob": -0.1}, {"token": "0", "logprob": None}]}]
-    }
-    assert reply_to(serving, body, logprobs=2).logprobs == ({"1": -0.1},)
+    top = [{"token": "1", "logprob": -0.1}, {"token": "0", "logprob": None}, {"token": "x", "logprob": "y"}, 3]
+    body = with_logprobs("1", {"token": "1", "logprob": -0.1, "top_logprobs": top}, {"token": "?"})
+    assert reply_to(serving, body, logprobs=2).logprobs == (
+        TokenLogprob(token="1", logprob=-0.1, alternatives={"1": -0.1}),
+        TokenLogprob(token="?", logprob=None),
+    )
     assert reply_to(serving, chat("1"), logprobs=2).logprobs is None
+    assert reply_to(serving, with_logprobs("1"), logprobs=2).logprobs is None
+
+
+def test_logprobs_of_reasoning_are_left_out_with_it(serving: Any) -> None:
+    tokens = [{"token": t, "logprob": -1.0} for t in ("<think>", "0", "</think>", "\n", "1")]
+    body = with_logprobs("<think>0</think>\n1", *tokens)
+    reply = reply_to(serving, body, logprobs=1)
+    assert (reply.text, [t.token for t in reply.logprobs or ()]) == ("1", ["\n", "1"])
+    answer_only = with_logprobs("<think>0</think>\n1", tokens[-1])
+    assert [t.token for t in reply_to(serving, answer_only, logprobs=1).logprobs or ()] == ["1"]
+    unclear = with_logprobs("<think>0</think>\n1", tokens[1], tokens[-1])
+    assert reply_to(serving, unclear, logprobs=1).logprobs is None
+
+
+# -- completions ------------------------------------------------------------------------------------------------------
+
+
+def completion(text: Any = " mat", finish: str = "stop", **choice: Any) -> dict[str, Any]:
+    return {
+        "choices": [{"text": text, "finish_reason": finish, **choice}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 1},
+    }
+
+
+LLAMA = {  # of llama-cpp-python, shortened
+    "text_offset": [0, 3, 7, 11],
+    "token_logprobs": [None, -5.42, -5.74, -5.5],
+    "tokens": ["the", " cat", " sat", "["],
+    "top_logprobs": [None, {" cat": -5.42, "re": -5.31}, {" sat": -5.74}, {"[": -5.5}],
+}
+
+
+def test_a_prompt_is_completed(serving: Any) -> None:
+    with serving(lambda path, asked: (200, completion())) as (url, seen):
+        (reply,) = send(client_of(url), LLMRequest(prompt="the cat", max_tokens=4, stop=("\n",), seed=1))
+    assert reply == LLMReply(text=" mat", finish="stop", prompt_tokens=3, completion_tokens=1)
+    assert seen[0]["path"] == "/v1/completions"
+    body = {"model": "toy", "prompt": "the cat", "max_tokens": 4, "stop": ["\n"], "seed": 1, "temperature": 0.0}
+    assert seen[0]["body"] == body
+
+
+@pytest.mark.parametrize("offsets", [True, False])
+def test_prompt_logprobs_come_from_the_echo(serving: Any, offsets: bool) -> None:
+    given = LLAMA if offsets else {k: v for k, v in LLAMA.items() if k != "text_offset"}
+    with serving(lambda path, asked: (200, completion("the cat sat[", "length", logprobs=given))) as (url, seen):
+        (reply,) = send(client_of(url), LLMRequest(prompt="the cat sat", max_tokens=1, prompt_logprobs=True))
+    assert (seen[0]["body"]["echo"], seen[0]["body"]["logprobs"], seen[0]["body"]["max_tokens"]) == (True, 1, 1)
+    assert (reply.text, reply.finish) == ("[", "length")
+    assert [(t.token, t.logprob) for t in reply.prompt_logprobs or ()] == [
+        ("the", None), (" cat", -5.42), (" sat", -5.74),
+    ]  # fmt: skip
+    assert reply.logprobs == (TokenLogprob(token="[", logprob=-5.5, alternatives={"[": -5.5}),)
+
+
+def test_an_echo_that_is_ignored_gives_no_prompt_logprobs(serving: Any) -> None:
+    for body in (completion("[N"), completion("[N", logprobs=LLAMA), completion("the cat sat[")):
+        reply = reply_to(serving, body, prompt="the cat sat", prompt_logprobs=True)
+        assert reply.prompt_logprobs is None
+        assert reply.text in ("[N", "[")
+
+
+@pytest.mark.parametrize("logprobs", [None, 3, {}, {"tokens": 3}, {"tokens": ["a"], "token_logprobs": ["b"]}])
+def test_odd_logprobs_of_completions_do_no_harm(serving: Any, logprobs: Any) -> None:
+    reply = reply_to(serving, completion(logprobs=logprobs), prompt="x", logprobs=1)
+    assert reply.text == " mat"
+    assert all(token.logprob is None for token in reply.logprobs or ())
+
+
+# -- what a server does, whatever it says -----------------------------------------------------------------------------
+
+
+def honest(path: str, asked: dict[str, Any]) -> Any:
+    if path.endswith("/chat/completions"):
+        if "response_format" in asked:
+            return 200, chat('{"exegete": "ready"}')
+        return 200, with_logprobs("hi", {"token": "hi", "logprob": -0.5}) if "logprobs" in asked else chat("hi")
+    lengths = [len(asked["prompt"]), 1]
+    given = {"tokens": [asked["prompt"], "!"], "token_logprobs": [-3.0, -1.0], "text_offset": [0, lengths[0]]}
+    return 200, completion(asked["prompt"] + "!", logprobs=given)
+
+
+def silent(path: str, asked: dict[str, Any]) -> Any:
+    return 200, chat("Good morning!") if path.endswith("/chat/completions") else completion("day")
+
+
+def llama(path: str, asked: dict[str, Any]) -> Any:
+    if asked.get("response_format", {}).get("type") == "json_schema":
+        return 500, {"error": {"message": "Internal Server Error"}}
+    return honest(path, asked)
+
+
+def chats_only(path: str, asked: dict[str, Any]) -> Any:
+    return honest(path, asked) if path.endswith("/chat/completions") else (404, {})
+
+
+def completions_only(path: str, asked: dict[str, Any]) -> Any:
+    return (404, {}) if path.endswith("/chat/completions") else honest(path, asked)
+
+
+EVERYTHING = {"chat": True, "completions": True, "logprobs": True, "prompt_logprobs": True, "schema": True}
+
+
+@pytest.mark.parametrize(
+    ("answer", "missing", "form"),
+    [
+        (honest, (), "json_schema"),
+        (silent, ("logprobs", "prompt_logprobs", "schema"), "none"),
+        (llama, (), "json_object"),
+        (chats_only, ("completions", "prompt_logprobs"), "json_schema"),
+        (completions_only, ("chat", "schema"), "json_schema"),
+    ],
+)
+def test_capabilities_are_seen_and_not_believed(serving: Any, answer: Any, missing: Any, form: str) -> None:
+    with serving(answer) as (url, seen):
+        client = client_of(url)
+
+        async def work() -> tuple[Capabilities, Capabilities]:
+            try:
+                return await client.capabilities(), await client.capabilities()
+            finally:
+                await client.close()
+
+        first, second = asyncio.run(work())
+        asked = len(seen)
+        if first.chat:
+            send(client, request(schema={"type": "object"}))
+            assert format_of(seen[-1]) == form
+    assert first == second == Capabilities(**{k: v and k not in missing for k, v in EVERYTHING.items()})
+    assert asked <= 7
+    assert all(s["body"]["max_tokens"] >= 1 for s in seen)
+
+
+def test_a_refused_key_is_no_missing_capability(serving: Any) -> None:
+    with serving(lambda path, asked: (401, {})) as (url, _), pytest.raises(LLMError, match="EXEGETE_API_KEY"):
+        asyncio.run(client_of(url).capabilities())
+
+
+# -- reasoning --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -340,7 +657,7 @@ def test_a_missing_model_is_refused_with_the_listed_ones(serving: Any) -> None:
         endpoint = parse_spec(f"{url}#qqqq")
         assert endpoint is not None
         with pytest.raises(NotFoundError, match=r"known: llama, toy-large"):
-            asyncio.run(OpenAIClient(endpoint).check())
+            asyncio.run(OpenAIBackend(endpoint).check())
 
 
 def test_a_server_that_is_not_there_is_named_in_one_line() -> None:
@@ -367,7 +684,7 @@ def test_a_server_that_lists_no_models_is_asked_for_a_chat(serving: Any, models:
 def test_what_is_no_model_server_at_all_is_refused(serving: Any) -> None:
     with (
         serving(lambda path, asked: (200, b"<html>hello</html>")) as (url, _),
-        pytest.raises(LLMError, match="OpenAI-compatible"),
+        pytest.raises(LLMError, match="no completion: <html>hello"),
     ):
         asyncio.run(client_of(url).check())
 

@@ -17,9 +17,10 @@ from exegete.llm.protocol import (
     with_strengths,
     write_excerpts,
 )
-from exegete.scorers.judge import parse_verdicts
+from exegete.scorers.verdicts import parse_verdicts
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+HASHES = {"explain-1": "6002d6b5ce9181a2", "detection-1": "2390d34f7e60ac0d", "fuzzing-1": "00c36dc993e8f2c4"}
 plain = texts.filter(lambda t: "example" not in t)
 
 
@@ -63,9 +64,9 @@ def test_few_shot_explanations_end_with_the_marker() -> None:
 
 def test_each_prompt_asks_for_what_its_score_measures() -> None:
     # papers: the detection prompt was copied from fuzzing and spoke of mislabeled tokens
-    assert "<<" not in prompts.prompt("detection-1")
-    assert "marked" not in prompts.prompt("detection-1")
-    assert "every marked piece" in prompts.prompt("fuzzing-1")
+    assert "<<" not in prompts.prompt(PROMPTS["detection"])
+    assert "marked" not in prompts.prompt(PROMPTS["detection"])
+    assert "every marked piece" in prompts.prompt(PROMPTS["fuzzing"])
 
 
 def test_prompts_are_plain_text_and_not_byte_glyphs() -> None:
@@ -88,6 +89,26 @@ def test_holes_are_filled_in_one_pass() -> None:
     asked = judge_messages("detection", "{examples} {explanation} \\1", ["{explanation}"])
     assert "<description>\n{examples} {explanation} \\1\n</description>" in asked[-1]["content"]
     assert "<example 1>\n{explanation}\n</example 1>" in asked[-1]["content"]
+
+
+def test_all_but_the_last_message_are_the_same_objects_every_time() -> None:
+    # what servers keep of a prompt from before is its constant beginning
+    first, second = (judge_messages("fuzzing", e, [e]) for e in ("a", "b"))
+    assert all(a is b for a, b in zip(first[:-1], second[:-1], strict=True))
+    assert first[-1] != second[-1]
+    content = first[-1]["content"]
+    assert content.index("<description>") < content.index("<example 1>")
+
+
+def test_a_hole_that_is_not_given_is_an_error() -> None:
+    with pytest.raises(KeyError, match="explanation"):
+        prompts.messages(PROMPTS["detection"], {"examples": "x"})
+
+
+def test_earlier_wordings_stay() -> None:
+    # a stored explanation or score names its prompt by a hash of the text
+    hashes = {name: prompts.prompt_hash(name) for name in ("explain-1", "detection-1", "fuzzing-1")}
+    assert hashes == HASHES
 
 
 @given(texts.filter(lambda t: "</description>" not in t), st.lists(plain, min_size=1, max_size=6))

@@ -11,9 +11,10 @@ import pytest
 
 from exegete.config import LLMConfig
 from exegete.errors import InputError, LLMError
+from exegete.llm.backend import Capabilities
 from exegete.llm.client import LLMClient, run_limited
 from exegete.llm.local_server import serve
-from exegete.llm.openai_api import client_from_spec
+from exegete.llm.open import client_from_spec
 from exegete.llm.protocol import explain_messages, judge_messages, with_strengths
 from exegete.llm.scripted import (
     ScriptedClient,
@@ -26,7 +27,7 @@ from exegete.llm.scripted import (
 from exegete.rules import render
 from exegete.rules.language import Clause, Rule, TokenAt
 from exegete.tokens import TokenTable
-from exegete.types import Example, ExampleSet, LatentId, LLMReply, LLMRequest
+from exegete.types import Example, ExampleSet, LatentId, LLMReply, LLMRequest, TokenLogprob
 
 TABLE = TokenTable([b"<bos>", b"a", b"b", b"ab", b" ", b"\xc3", b"\xa9", b"\xc3\xa9", b"<<"], [0])
 
@@ -51,6 +52,9 @@ def test_a_script_answers_in_order_and_keeps_what_was_asked() -> None:
     client = ScriptedClient(["one", LLMReply(text=None, finish="error", error="x"), LLMError("stop")])
     first = LLMRequest(messages=({"role": "user", "content": "1"},))
     assert asyncio.run(client.reply(first)) == LLMReply(text="one", finish="stop")
+    assert asyncio.run(client.capabilities()) == Capabilities()
+    able = Capabilities(logprobs=True)
+    assert asyncio.run(ScriptedClient([], capabilities=able).capabilities()) == able
     assert asyncio.run(client.reply(first)).finish == "error"
     with pytest.raises(LLMError, match="stop"):
         asyncio.run(client.reply(first))
@@ -187,7 +191,7 @@ def test_asked_to_explain_it_names_the_commonest_marked_text() -> None:
     shown = [with_strengths(t, []) for t in ("x<< a>> y", "<< b>>", "<< a>>", '<<é"\n>>')]
     reply = ask(sharp(), explain_messages(shown))
     assert reply.text == '[EXPLANATION]: the text " a"'
-    assert reply.prompt_tokens > 100
+    assert (reply.prompt_tokens or 0) > 100
     assert ask(sharp(explain="what I say"), explain_messages(shown)).text == "[EXPLANATION]: what I say"
     counted = sharp(explain=lambda request: f"{len(request.messages)} messages")
     assert ask(counted, explain_messages(shown)).text == "[EXPLANATION]: 8 messages"
@@ -213,7 +217,10 @@ def through_http(client: LLMClient, *requests: LLMRequest) -> list[LLMReply]:
             finally:
                 await real.close()
 
-        return asyncio.run(work())
+        try:
+            return asyncio.run(work())
+        finally:
+            real.end()
 
 
 def test_a_served_client_answers_as_it_would_in_process() -> None:
@@ -224,6 +231,21 @@ def test_a_served_client_answers_as_it_would_in_process() -> None:
     assert [(r.text, r.finish) for r in found] == [("cut", "length"), ("no", "refused"), ("yes", "stop")]
     assert (found[0].prompt_tokens, found[0].completion_tokens) == (3, 4)
     assert script.requests == [request] * 3
+
+
+def test_a_served_client_completes_prompts_and_gives_logprobs() -> None:
+    def token(text: str, logprob: float | None) -> TokenLogprob:
+        return TokenLogprob(token=text, logprob=logprob, alternatives={} if logprob is None else {text: logprob})
+
+    said = LLMReply(text="!", finish="length", logprobs=(token("!", -1.0),), prompt_tokens=2, completion_tokens=1,
+                    prompt_logprobs=(token("a ", None), token("b", -0.5)))  # fmt: skip
+    judged = LLMReply(text="1", finish="stop", logprobs=(token("1", -0.25),))
+    script = ScriptedClient([said, judged])
+    prompt = LLMRequest(prompt="a b", max_tokens=1, logprobs=1, prompt_logprobs=True, stop=("\n",))
+    schema = {"type": "array"}
+    chat = LLMRequest(messages=({"role": "user", "content": "?"},), logprobs=2, schema=schema)
+    assert through_http(script, prompt, chat) == [said, judged]
+    assert script.requests == [prompt, chat]
 
 
 def test_the_server_refuses_what_it_does_not_know() -> None:
@@ -244,7 +266,8 @@ def test_the_server_refuses_what_it_does_not_know() -> None:
         assert status(chat, b"not json") == 400
         assert status(chat, b"[]") == 400
         assert status(chat, b'{"messages": []}') == 404
-        assert status(chat, b'{"messages": [], "model": "toy"}') == 500  # the script is empty
+        assert status(chat, b'{"messages": [], "model": "toy"}') == 400
+        assert status(chat, b'{"messages": [{"content": "x"}], "model": "toy"}') == 500  # the script is empty
 
 
 # -- running many -----------------------------------------------------------------------------------------------------

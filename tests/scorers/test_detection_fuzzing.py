@@ -10,16 +10,16 @@ from scipy import stats
 
 from exegete import metrics
 from exegete.errors import ConfigError, InputError, LLMError
-from exegete.examples.render import marks, transplant_marks
+from exegete.examples.render import active_tokens, marks, transplant_marks
 from exegete.llm.protocol import read_question
 from exegete.llm.scripted import ScriptedClient
 from exegete.scorers.detection import DetectionScorer
 from exegete.scorers.fuzzing import FuzzingScorer
 from exegete.scorers.judge import RuleJudge, Verdict
-from exegete.scorers.judged import Question, control_scores, own_scores
+from exegete.scorers.judged import Question, control_scores, outside_score, own_scores
 from exegete.scorers.scorer import Scoring, scorers
 from exegete.streams import stream
-from exegete.types import Array, Explanation, Judgement, LatentId, LLMReply, Score
+from exegete.types import SPLITS, Array, Explanation, Judgement, LatentId, LLMReply, Score, TokenLogprob
 from exegete.views import Donor, LatentView
 
 LATENT = LatentId(coder="c", index=3)
@@ -261,13 +261,33 @@ def test_order_and_transplanted_marks_are_drawn_from_the_latents_own_named_strea
     # A stored run must not change its questions with a version.
     view = world.view(3)
     test = view.examples.part("test")
-    silent, firing = [e for e in test if not e.fires], [e for e in test if e.fires]
-    moved = transplant_marks(silent, firing, stream(view.examples.seed, view.latent, "fuzzing", "marks"), 0.9)
+    fires, rng = test.fires, stream(view.examples.seed, view.latent, "fuzzing", "marks")
+    patterns = active_tokens(test.activations[fires], 0.9)
+    hidden = test.tokens[~fires] == 0
+    moved = transplant_marks(patterns, test.start[fires], test.start[~fires], rng, hidden)
     questions = FuzzingScorer(threshold=0.9).questions(view)
     shown = {q.example.row: marked(q).tolist() for q in questions}
-    assert [shown[e.row] for e in silent] == moved.tolist()
+    assert [shown[row] for row in test.row[~fires].tolist()] == moved.tolist()
     order = stream(view.examples.seed, view.latent, "fuzzing", "order").permutation(len(test))
-    assert [q.example.row for q in questions] == [test[i].row for i in order]
+    assert [q.example.row for q in questions] == test.row[order].tolist()
+
+
+def test_transplanted_marks_come_from_the_same_place_in_the_row_and_never_lie_on_special_tokens(world: Any) -> None:
+    view = world.view(3, n_fire=24, n_silent=24)
+    windows = view.examples.windows
+    test = windows.split == SPLITS.index("test")
+    start, tokens, activations = windows.start.copy(), windows.tokens.copy(), np.zeros_like(windows.activations)
+    start[test] = np.tile([0, 50], 24)
+    # At row starts the latent fires on the second token, elsewhere on the last; a silent row start has BOS first.
+    firing = np.flatnonzero(windows.fires)
+    activations[firing, np.where(start[firing] == 0, 1, -1)] = 1.0
+    tokens[(start == 0) & test & ~windows.fires, 0] = 0
+    changed = dataclasses.replace(windows, start=start, tokens=tokens, activations=activations)
+    asked = dataclasses.replace(view, examples=dataclasses.replace(view.examples, examples=changed))
+    questions = FuzzingScorer().questions(asked)
+    assert len(questions) == 48
+    for q in questions:
+        assert np.flatnonzero(marked(q)).tolist() == [1 if q.example.start == 0 else 11]
 
 
 def test_an_executed_rule_is_shown_every_firing_position_and_a_language_model_the_strong_ones(world: Any) -> None:
@@ -358,11 +378,114 @@ def test_each_item_gets_its_own_scoring(world: Any) -> None:
     assert list(DetectionScorer().score([])) == []
 
 
+# -- probabilities ----------------------------------------------------------------------------------------------------
+
+
+def sure(truth: bool, yes: float | None) -> Judgement:
+    return dataclasses.replace(judgement(truth, (yes or 0.0) > 0.5), probability=yes)
+
+
+def test_the_auroc_of_p_yes_leaves_out_what_is_missing_and_never_takes_it_for_0() -> None:
+    judged = [
+        *[sure(True, p) for p in (0.9, 0.8, 0.4)],
+        *[sure(False, p) for p in (0.5, 0.1, 0.1)],
+        *[sure(True, None)] * 4,  # taken for 0, these would rank below all silent windows
+        judgement(True, None, "failed"),
+    ]
+    found = {s.metric: s for s in own_scores("detection", LATENT, judged, probabilities=True)}
+    expected = metrics.auroc([True] * 3 + [False] * 3, [0.9, 0.8, 0.4, 0.5, 0.1, 0.1])
+    score = found["auroc"]
+    assert score.value == pytest.approx(8 / 9)
+    assert (score.low, score.high, score.method) == (expected.low, expected.high, expected.method)
+    assert (score.n_total, score.n_scored, score.n_failed) == (11, 6, 5)
+    assert (found["sensitivity"].n_scored, found["sensitivity"].n_failed) == (10, 1)
+    assert set(found) == METRICS | {"auroc"}
+
+
+def test_without_any_probability_there_is_no_auroc_and_no_outside_mass() -> None:
+    judged = [judgement(True, True), judgement(False, False)]
+    (score,) = [s for s in own_scores("detection", LATENT, judged, probabilities=True) if s.metric == "auroc"]
+    assert math.isnan(score.value)
+    assert (score.n_total, score.n_scored, score.n_failed) == (2, 0, 2)
+    none = outside_score("detection", LATENT, [None, None])
+    assert math.isnan(none.value)
+    assert (none.n_total, none.n_scored) == (2, 0)
+
+
+def test_the_mass_outside_yes_and_no_is_averaged_over_what_is_known() -> None:
+    score = outside_score("fuzzing", LATENT, [0.0, 0.3, None, 0.6])
+    assert score.value == pytest.approx(0.3)
+    assert score.low == 0.0  # Student's interval would go below
+    assert score.high == pytest.approx(min(1.0, 0.3 + stats.t.ppf(0.975, 2) * 0.3 / np.sqrt(3)))
+    assert (score.n_total, score.n_scored, score.n_failed) == (4, 3, 1)
+
+
+def leaning_reply(request: Any) -> LLMReply:
+    """Yes to what holds the word of the explanation, with P(yes) 0.8 there and 0.3 elsewhere, a tenth outside."""
+    question = read_question(request.messages)
+    word = question.explanation.split('"')[1]
+    tokens = [TokenLogprob(token='{"verdicts": [', logprob=-0.1)]
+    for excerpt in question.excerpts:
+        yes = 0.72 if word in excerpt.text else 0.27
+        logs = {" 1": float(np.log(yes)), " 0": float(np.log(0.9 - yes)), "x": float(np.log(0.1))}
+        tokens += [TokenLogprob(token=" 1" if yes > 0.5 else " 0", logprob=None, alternatives=logs),
+                   TokenLogprob(token=",", logprob=-0.1)]  # fmt: skip
+    tokens[-1] = TokenLogprob(token="]}", logprob=-0.1)
+    logprobs = tuple(tokens) if request.logprobs else None
+    return LLMReply(text="".join(t.token for t in tokens), finish="stop", logprobs=logprobs)
+
+
+@pytest.mark.parametrize("kind", ["detection", "fuzzing"])
+def test_probabilities_reach_judgements_scores_and_null(world: Any, kind: str) -> None:
+    view = with_llm(world.view(3, donors=(5, 6), n_fire=12, n_silent=11), ScriptedClient(leaning_reply))
+    scoring = one(scorers.make(kind, {"probabilities": True}), world.explanation(3), view)
+    assert pick(scoring, "auroc").value == 1.0
+    assert pick(scoring, "outside_mass").value == pytest.approx(0.1)
+    null = pick(scoring, "auroc", "other_latent")
+    assert (null.n_total, null.n_scored) == (46, 46)
+    assert null.value < 0.9
+    assert {round(j.probability or 0, 6) for j in scoring.judgements["none"]} == {0.8, 0.3}
+    plain = one(scorers.make(kind), world.explanation(3), view)
+    assert {s.metric for s in plain.scores} == METRICS
+    assert {j.probability for j in plain.judgements["none"]} == {None}
+
+
+def test_requests_are_built_without_sending_and_are_those_that_are_sent(world: Any) -> None:
+    client = ScriptedClient(leaning_reply)
+    for scorer in (DetectionScorer(per_request=4), FuzzingScorer(probabilities=True)):
+        view = with_llm(world.view(3, n_fire=11, n_silent=12), client)
+        built = scorer.requests(world.explanation(3), view)
+        assert client.requests == []
+        one(scorer, world.explanation(3), view)
+        assert client.requests == built
+        assert {r.stage for r in built} == {scorer.kind}
+        client.requests.clear()
+    bare = world.view(3, n_fire=11, n_silent=12)  # a plan needs no language model
+    assert DetectionScorer(per_request=4).requests(world.explanation(3), bare) == DetectionScorer(
+        per_request=4
+    ).requests(world.explanation(3), with_llm(bare, client))
+
+
+def test_probabilities_need_a_language_model_that_gives_them(world: Any) -> None:
+    for scorer in (DetectionScorer(probabilities=True), FuzzingScorer(probabilities=True, judge="llm")):
+        assert scorer.needs == {"examples", "donors", "llm", "logprobs"}
+        with pytest.raises(InputError, match="--llm"):
+            one(scorer, world.explanation(3), world.view(3))
+    with pytest.raises(ConfigError, match="no probabilities"):
+        DetectionScorer(judge="rule", probabilities=True)
+
+
 # -- specs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "scorer", [DetectionScorer(), DetectionScorer(judge="llm", per_request=3), FuzzingScorer(threshold=0.5)]
+    "scorer",
+    [
+        DetectionScorer(),
+        DetectionScorer(judge="llm", per_request=3),
+        FuzzingScorer(threshold=0.5),
+        FuzzingScorer(probabilities=True),
+    ],
 )
 def test_a_spec_makes_the_same_scorer_again(scorer: Any) -> None:
     again = scorers.from_spec(scorer.spec)

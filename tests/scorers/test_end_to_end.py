@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import threading
 import time
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +18,28 @@ import pytest
 
 from exegete.config import LLMConfig
 from exegete.explainers.default import DefaultExplainer
+from exegete.llm.calling import Caller
+from exegete.llm.client import LLMClient
+from exegete.llm.limits import Limits
 from exegete.llm.local_server import serve
-from exegete.llm.openai_api import OpenAIClient, client_from_spec, parse_spec
+from exegete.llm.open import client_from_spec
+from exegete.llm.openai_api import OpenAIBackend
+from exegete.llm.openai_endpoint import parse_spec
+from exegete.llm.protocol import read_question
 from exegete.llm.scripted import ScriptedClient, SimulatedJudge, known_windows
 from exegete.rules import render
 from exegete.scorers.detection import DetectionScorer
 from exegete.scorers.fuzzing import FuzzingScorer
-from exegete.types import Explanation, LatentId, Score
+from exegete.types import Explanation, LatentId, LLMReply, LLMRequest, Score
 from exegete.views import Donor, LatentView
 
 HITS, FALSE_ALARMS = 0.85, 0.25
 THEORY = (HITS + 1 - FALSE_ALARMS) / 2
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EXEGETE_CACHE", str(tmp_path))
 
 
 def given(view: LatentView, llm: Any, donors: tuple[Donor, ...] | None = None) -> LatentView:
@@ -213,7 +227,7 @@ def test_a_broken_server_makes_counts_and_never_scores(
     with broken_server(status, body, wait) as spec:
         endpoint = parse_spec(spec)
         assert endpoint is not None
-        client = OpenAIClient(endpoint, timeout=0.3 if wait else 10.0, max_retries=0)
+        client = Caller(OpenAIBackend(endpoint, timeout=0.3 if wait else 10.0), retries=0)
         view = given(world.view(3, donors=(5, 6), n_fire=5, n_silent=5), client)
         (explanation,) = DefaultExplainer().explain([view])
         assert (explanation.status, explanation.text) == (state, None)
@@ -225,6 +239,72 @@ def test_a_broken_server_makes_counts_and_never_scores(
         assert score.n_failed == score.n_total == (10 if score.control == "none" else 20)
     judged = [j for part in scoring.judgements.values() for j in part]
     assert {(j.prediction, j.status) for j in judged} == {(None, state)}
+
+
+MOODS = ("fine", "late", "prose", "wrong length", "refused", "failing")
+STATES = {"prose": "unparsed", "wrong length": "unparsed", "refused": "refused", "failing": "failed"}
+
+
+class Moody(LLMClient):
+    """A judge that is right, but whose server has a mood for every question and keeps to it."""
+
+    name = "moody"
+
+    def __init__(self, world: Any) -> None:
+        self.judge = SimulatedJudge(world.table, true_positive_rate=1.0, false_positive_rate=0.0)
+        self.asked: dict[str, tuple[str, str, int]] = {}
+        self.attempts: Counter[str] = Counter()
+        self.lock = threading.Lock()
+
+    async def reply(self, request: LLMRequest) -> LLMReply:
+        question = read_question(request.messages)
+        text = str((question.kind, question.explanation, question.excerpts))
+        mood = MOODS[zlib.crc32(text.encode()) % len(MOODS)]
+        with self.lock:
+            self.asked[text] = (question.kind, mood, len(question.excerpts))
+            self.attempts[text] += 1
+            if mood == "failing" or (mood == "late" and self.attempts[text] < 3):
+                return LLMReply(text=None, finish="error", error="out of memory")
+        said = await self.judge.reply(request)
+        text = {"prose": "I would say so.", "wrong length": "[1, 0, 1, 0, 1, 0, 1]"}.get(mood, str(said.text))
+        return LLMReply(text=text, finish="refused" if mood == "refused" else "stop")
+
+    async def check(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+def test_whatever_a_server_does_every_latent_and_every_window_ends_in_a_counted_state(world: Any) -> None:
+    moody = Moody(world)
+    with serve(moody) as server:
+        endpoint = parse_spec(server.spec)
+        assert endpoint is not None
+        client = Caller(OpenAIBackend(endpoint), limits=Limits(8), retries=3, backoff=0.01)
+        views = {w: given(world.view(w, donors=(20, 21), n_fire=13, n_silent=13), client) for w in range(1, 9)}
+        explained = {e.latent.index: e for e in DefaultExplainer().explain(list(views.values()))}
+        states = Counter(STATES.get(mood, "ok") for kind, mood, _ in moody.asked.values())
+        assert sorted(explained) == sorted(views)
+        assert Counter(e.status for e in explained.values()) == states
+        assert len(states) > 2
+        for scorer in (DetectionScorer(), FuzzingScorer()):
+            moody.asked.clear()
+            items = [(world.explanation(w, program=False), view) for w, view in views.items()]
+            found = {s.explanation.latent.index: s for s in scorer.score(items)}
+            assert sorted(found) == sorted(views)
+            windows: Counter[str] = Counter()
+            for _, mood, n in moody.asked.values():
+                windows[STATES.get(mood, "ok")] += n
+            judged = [j for scoring in found.values() for part in scoring.judgements.values() for j in part]
+            assert Counter(j.status for j in judged) == windows
+            assert sum(windows.values()) == 8 * 3 * 26
+            for scoring in found.values():
+                for score in scoring.scores:
+                    assert score.n_total == score.n_scored + score.n_failed == (26 if score.control == "none" else 52)
+            assert all(
+                j.prediction == j.truth for s in found.values() for j in s.judgements["none"] if j.status == "ok"
+            )
 
 
 def test_an_explanation_taken_early_gives_back_its_connections(world: Any) -> None:

@@ -27,6 +27,9 @@ def run(options: argparse.Namespace) -> int:
         "report": _report,
         "inspect": _inspect,
         "store": _compact,
+        "plan": _plan,
+        "export": _export,
+        "llm": _llm,
         "status": _status,
     }[options.command](options)
 
@@ -78,7 +81,7 @@ def _collect(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    pipeline, client = _open(options)
+    pipeline, client = _open(options, scoring=False)
     with pipeline:
         pipeline.explain(client)
     counts = _counts(pipeline.run.table("explanations")["status"])
@@ -88,7 +91,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
-    pipeline, client = _open(options)
+    pipeline, client = _open(options, explaining=False)
     with pipeline:
         pipeline.score(client)
     n_scores = len(pipeline.run.table("scores")["value"])
@@ -147,6 +150,60 @@ def _compact(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from exegete.planner import plan
+    from exegete.planning import plan_dict, plan_lines
+    from exegete.runs import open_run
+
+    folder = Path(options.what[0])
+    if len(options.what) == 1 and folder.is_dir():
+        made = open_run(folder)
+        config = RunConfig.from_dict(merge(made.config.to_dict(), given(options)))
+        found = plan(config, made)
+    else:
+        found = plan(_config(options))
+    _say(json.dumps(plan_dict(found), indent=2) if options.json else "\n".join(plan_lines(found)))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from exegete.export import export_run
+    from exegete.runs import open_run
+
+    export_run(open_run(options.run), to=options.to, out=options.out, coders=options.coders)
+    _say(f"{options.to}: {options.out}")
+    return 0
+
+
+def _llm(options: argparse.Namespace) -> int:
+    import asyncio
+
+    from exegete.llm.open import client_from_spec
+    from exegete.llm.prices import load_prices
+
+    config = RunConfig.from_dict(merge({"llm": {"llm": options.model}}, given(options))).llm
+    client = client_from_spec(options.model, config)
+    if client is None:
+        raise ConfigError("none is no language model; write URL#MODEL, openai/MODEL, openrouter/ORG/MODEL, hf/MODEL")
+
+    async def ask() -> dict[str, Any]:
+        try:
+            await client.check()
+            return dataclasses.asdict(await client.capabilities())
+        finally:
+            await client.close()
+
+    found = asyncio.run(ask())
+    price = load_prices(config.prices).price_of(options.model)
+    if options.json:
+        _say(json.dumps({"model": client.name, **found, "price": None if price is None else dataclasses.asdict(price)}))
+        return 0
+    for name, value in found.items():
+        _say(f"{name.replace('_', ' ')}: {value if not isinstance(value, bool) else 'yes' if value else 'no'}")
+    _say("price: not known" if price is None else f"price: ${price.input:g} in, ${price.output:g} out a million tokens")
+    return 0
+
+
 def _status(options: argparse.Namespace) -> int:
     from exegete.runs import open_run
     from exegete.status import status_of, status_text
@@ -156,16 +213,16 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(options: argparse.Namespace) -> tuple[Any, Any]:
+def _open(options: argparse.Namespace, *, explaining: bool = True, scoring: bool = True) -> tuple[Any, Any]:
     """Return the pipeline of an existing run with the options laid over its configuration, and its LLM."""
-    from exegete.llm.openai_api import client_from_spec
-    from exegete.pipeline import Pipeline, check_llm
+    from exegete.llm.open import client_from_spec
+    from exegete.pipeline import Pipeline, check_llm, users_of_llm
     from exegete.runs import open_run
 
     made = open_run(options.run)
     config = RunConfig.from_dict(merge(made.config.to_dict(), given(options)))
-    client = client_from_spec(config.llm.llm, config.llm)
-    check_llm(client)
+    client = client_from_spec(config.llm.llm, config.llm, folder=made.folder)
+    check_llm(client, users_of_llm(config, explaining=explaining, scoring=scoring))
     return Pipeline(config, options.run, progress_for(options.quiet)), client
 
 

@@ -22,6 +22,11 @@ _FLAGS = {
     "latents.null_count": "null-latents",
     "latents.indices": "latent-indices",
     "llm.timeout": "llm-timeout",
+    "llm.retries": "llm-retries",
+    "llm.tokenizer": "llm-tokenizer",
+    "llm.batch": "llm-batch",
+    "llm.cache_days": "reply-cache-days",
+    "llm.cache_bytes": "reply-cache-bytes",
 }
 _ALSO = {"nulls": ("--null",)}  # other spellings
 _HIDDEN = {"subject", "coder"}  # positionals of ``run`` and ``collect``
@@ -144,6 +149,22 @@ def build_parser() -> Parser:
     )
     compact.add_argument("run", type=Path, metavar="RUN", help="run folder")
     compact.add_argument("coders", nargs="*", metavar="CODER", help="only the stores of these coders")
+
+    plan = command("plan", "Say what a run will ask of its language model and what that costs; nothing is run or sent.")
+    plan.add_argument("what", nargs="+", metavar="RUN | CONFIG.yaml | MODEL CODER", help="a run folder, or as for run")
+    _add_settings(plan)
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+    export = command("export", "Write a run in a form that other tools read.")
+    export.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    export.add_argument("--to", choices=("delphi",), required=True, help="delphi: the folders of EleutherAI's delphi")
+    export.add_argument("--out", type=Path, required=True, help="new folder to write")
+    export.add_argument("--coders", nargs="+", action="extend", metavar="CODER", help="only these coders")
+
+    llm = command("llm", "Ask a language model's server what it can do: logprobs, prompt logprobs, JSON schemas.")
+    llm.add_argument("model", metavar="LLM", help="URL#MODEL, openai/MODEL, openrouter/ORG/MODEL, hf/MODEL, vllm/MODEL")
+    _add_settings(llm, only={"llm.timeout", "llm.prices"})
+    llm.add_argument("--json", action="store_true", help="print JSON")
 
     status = command("status", "Say what of a run is done, failed and skipped.")
     status.add_argument("run", type=Path, metavar="RUN", help="run folder")

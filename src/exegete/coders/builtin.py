@@ -89,6 +89,14 @@ _NEEDED = {"pca": "components", "random": "width"}
 _FIRST = {"directions": "a FILE", "random": "an architecture"}
 
 
+def named_builtin(text: str) -> tuple[str | None, BuiltinSpec | None]:
+    """Return the name given with ``NAME=`` and the spec of a coder that is made; None for one that is loaded."""
+    before, equals, after = text.partition("=")
+    named = bool(equals) and not any(c in before for c in "/:")
+    spec = parse_builtin(after) if named else parse_builtin(text)
+    return (safe_name(before) if named and spec is not None else None), spec
+
+
 def parse_builtin(text: str) -> BuiltinSpec | None:
     """Return the spec of a coder that is made, None when the text does not start like one.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exegete.coders.builtin import BuiltinSpec, build_builtin, parse_builtin
+from exegete.coders.builtin import BuiltinSpec, build_builtin, named_builtin
 from exegete.coders.coder import SparseCoder
 from exegete.coders.fit import fit_coder
 from exegete.coders.load import load_coders, require_new
@@ -55,7 +55,7 @@ def make_coders(
     files: list[str] = []
     builtins: list[tuple[str | None, BuiltinSpec]] = []
     for text in specs:
-        name, builtin = _builtin(text)
+        name, builtin = named_builtin(text)
         if builtin is None:
             files.append(text)
         else:
@@ -78,11 +78,3 @@ def make_coders(
     kind = getattr(torch, dtype)
     fitted = {name: fit_coder(coder, subject, other_model=other_model) for name, coder in made.items()}
     return {name: coder.to(coder.device, kind) for name, coder in fitted.items()}
-
-
-def _builtin(text: str) -> tuple[str | None, BuiltinSpec | None]:
-    """Return the name and the spec of a coder that is made; None for one that is loaded."""
-    before, equals, after = text.partition("=")
-    named = bool(equals) and not any(c in before for c in "/:")
-    spec = parse_builtin(after) if named else parse_builtin(text)
-    return (safe_name(before) if named and spec is not None else None), spec

@@ -1,6 +1,8 @@
 """Which text to show: documents are split, windows drawn around what fires and what is silent, and rendered."""
 
-from exegete.examples.build import StoreData, select, select_many
+from exegete.examples.build import select, select_many
+from exegete.examples.data import StoreData
+from exegete.examples.proxy import Proxy
 from exegete.examples.render import (
     marks,
     parse_marked,
@@ -12,6 +14,7 @@ from exegete.examples.render import (
 from exegete.examples.split import split_documents, split_segments
 
 __all__ = [
+    "Proxy",
     "StoreData",
     "marks",
     "parse_marked",

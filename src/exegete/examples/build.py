@@ -1,197 +1,50 @@
-"""From a store to example sets: the only part of examples that sees the store."""
+"""From a store to example sets: which windows are shown and judged, latent by latent, a block of them at a time."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, final
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Final, final
 
 import numpy as np
 
-from exegete.config import ExampleConfig
-from exegete.errors import InputError, MismatchError
-from exegete.examples.negatives import draw_silent
-from exegete.examples.select import STRATA, Draw, draw
-from exegete.examples.split import CODES, CorpusLike
-from exegete.examples.windows import Frame, activations, centred, fires_per_window, frame, ordered
-from exegete.store.store import Store
-from exegete.streams import stream
-from exegete.tokens import TokenTable
-from exegete.types import Array, Example, ExampleSet, Firings, LatentId, Rows, Skipped, Split
-from exegete.views import SplitData
+from exegete.config import NEGATIVES, ExampleConfig, Negative
+from exegete.errors import InputError
+from exegete.examples.clusters import Units, units
+from exegete.examples.data import StoreData
+from exegete.examples.diverse import candidates, farthest_first
+from exegete.examples.draws import spread, starts_of
+from exegete.examples.fired import Block, Gathered, Recorded, gathered
+from exegete.examples.keys import latent_keys, mixed
+from exegete.examples.negatives import Silent, draw_silent
+from exegete.examples.proxy import Proxy
+from exegete.examples.select import Draw, chosen_for_certain, draw, rank
+from exegete.examples.split import CODES
+from exegete.examples.windows import activations, centred
+from exegete.types import STRATA, Array, ExampleSet, LatentId, Skipped, Split, Windows
+
+__all__ = ["StoreData", "select", "select_many"]
 
 _BLOCK: Final = 64
-_SILENT: Final = STRATA.index("silent")
-
-
-class RowSource(CorpusLike, Protocol):
-    """What selecting needs of a corpus."""
-
-    @property
-    @abstractmethod
-    def table(self) -> TokenTable:
-        """The token-bytes table."""
-
-
-class FiringSource(Protocol):
-    """What selecting needs of a store."""
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """The name of the coder."""
-
-    @property
-    @abstractmethod
-    def corpus(self) -> RowSource:
-        """The documents and segments of the rows that the firings lie in."""
-
-    @abstractmethod
-    def rows(self, numbers: Array, /) -> Rows:
-        """Return the rows of these numbers; the mask leaves out all positions at which this store has no firings."""
-
-    @abstractmethod
-    def firings(self, index: int, /) -> Firings:
-        """Return all firings of one latent."""
-
-    @abstractmethod
-    def block(self, start: int, stop: int, /) -> list[Firings]:
-        """Return all firings of latents ``start`` to ``stop`` (exclusive)."""
-
-
-@final
-class StoreData(SplitData):
-    """A store whose text is split by document.
-
-    A row that holds documents of several splits belongs to each of them, with the text of the others taken out of its
-    documents and its mask. A document that a cut divides (``split_segments`` cuts only when there are few documents)
-    counts as one document per segment from here on, numbered after all others: no two splits share a document.
-    ``store`` and ``segment_split`` are what it was made from, ``folder`` where the store lies on disk, None when it
-    does not.
-    """
-
-    def __init__(self, store: FiringSource, segment_split: Array) -> None:
-        """Take a store and what ``split_segments`` returned. Raises MismatchError when they do not fit."""
-        segments = np.asarray(store.corpus.segments)
-        if segment_split.shape != segments.shape[:1]:
-            raise MismatchError(
-                f"a split of shape {segment_split.shape} does not fit a corpus of {len(segments)} segments"
-            )
-        self.store: Final = store
-        self.segment_split: Final = segment_split
-        self.folder: Final = store.folder.resolve() if isinstance(store, Store) else None
-        n_rows = int(segments[-1, 0]) + 1 if len(segments) else 0
-        self._segments = segments
-        self._cut = _divided(segments[:, 3], segment_split)
-        self._numbers = {split: np.unique(segments[segment_split == code, 0]) for split, code in CODES.items()}
-        self._shared = {split: self._shares(split, n_rows) for split in CODES}
-        self._places = {split: _inverse(numbers, n_rows) for split, numbers in self._numbers.items()}
-        self._rows: dict[Split, Rows] = {}
-        self._frames: dict[tuple[Split, int, int], tuple[Frame, Array]] = {}
-        self._held: tuple[tuple[int, ...], list[Firings]] = ((), [])
-
-    @property
-    def name(self) -> str:
-        """The name of the coder."""
-        return self.store.name
-
-    @property
-    def tokens(self) -> TokenTable:
-        """The token-bytes table."""
-        return self.store.corpus.table
-
-    def numbers(self, split: Split) -> Array:
-        """Return the number in the corpus of each row that holds text of a split, int64, ascending."""
-        return self._numbers[split]
-
-    def rows(self, split: Split) -> Rows:
-        """Return the rows that hold text of a split, in corpus order. Made once and kept (9 bytes per token).
-
-        Text of other splits keeps its tokens but has document −1 and does not count.
-        """
-        if split not in self._rows:
-            numbers = self._numbers[split]
-            rows = self.store.rows(numbers)
-            mine = self.segment_split == CODES[split]
-            named = np.isin(numbers, self._segments[mine & self._cut, 0]) | self._shared[split][numbers]
-            if named.any():
-                documents, mask = rows.documents.copy(), rows.mask.copy()
-                documents[named] = self._owners(split, numbers[named], rows.length)
-                mask[named] &= documents[named] >= 0
-                rows = Rows(tokens=rows.tokens, documents=documents, mask=mask)
-            self._rows[split] = rows
-        return self._rows[split]
-
-    def firings(self, indices: Sequence[int], split: Split) -> list[Firings]:
-        """Return the firings of each latent in the split's text; ``Firings.rows`` index into ``rows(split)``."""
-        places = self._places[split]
-        owners = self.rows(split).documents if self._shared[split].any() else None
-        parts = []
-        for whole in self._fetch(tuple(int(i) for i in indices)):
-            rows = places[whole.rows]
-            here = np.flatnonzero(rows >= 0)
-            if owners is not None:
-                here = here[owners[rows[here], np.asarray(whole.positions)[here]] >= 0]
-            parts.append(
-                Firings(
-                    latent=whole.latent,
-                    rows=rows[here],
-                    positions=np.asarray(whole.positions)[here],
-                    values=np.asarray(whole.values)[here],
-                )
-            )
-        return parts
-
-    def frame(self, split: Split, window: int, seed: int) -> tuple[Frame, Array]:
-        """Return the frame of a split and its lookup. Made once and kept (4 bytes per token)."""
-        key = (split, window, seed)
-        if key not in self._frames:
-            tiled = frame(self.rows(split), window, seed=seed, numbers=self._numbers[split])
-            self._frames[key] = (tiled, tiled.lookup())
-        return self._frames[key]
-
-    def _shares(self, split: Split, n_rows: int) -> Array:
-        """Return which rows hold text of other splits, or of none, beside that of a split, bool [n_rows]."""
-        mine = self.segment_split == CODES[split]
-        found = np.zeros((2, n_rows), dtype=bool)
-        for side, chosen in enumerate((mine, ~mine)):
-            found[side, self._segments[chosen, 0]] = True
-        shared: Array = found[0] & found[1]
-        return shared
-
-    def _owners(self, split: Split, numbers: Array, length: int) -> Array:
-        """Return the document of every position of some rows as a split sees it, int32 [rows, length]."""
-        which = np.flatnonzero(np.isin(self._segments[:, 0], numbers))
-        row, start, stop, document = self._segments[which].T
-        document = np.where(self._cut[which], len(self.store.corpus.documents) + which, document)
-        # Each segment adds its document where it starts and takes it back where it stops.
-        change = np.where(self.segment_split[which] == CODES[split], document + 1, 0).astype(np.int32)
-        place = np.searchsorted(numbers, row)
-        steps = np.zeros((len(numbers), length + 1), dtype=np.int32)
-        steps[place, start] += change
-        steps[place, stop] -= change
-        np.cumsum(steps, axis=1, out=steps)
-        owners: Array = steps[:, :length]
-        owners -= 1
-        return owners
-
-    def _fetch(self, indices: tuple[int, ...]) -> list[Firings]:
-        """Read whole latents, runs of neighbours at once; the last answer is kept, as every split asks for it."""
-        if self._held[0] != indices:
-            found: list[Firings] = []
-            for start, stop in _runs(indices):
-                one = stop == start + 1
-                found.extend([self.store.firings(start)] if one else self.store.block(start, stop))
-            self._held = (indices, found)
-        return self._held[1]
+_PAIRS: Final = 1 << 26  # (latent, test window) pairs of a block at most, where lists may be that long
+_TRAIN, _TEST, _SILENT, _ORDER = range(4)  # which of a latent's keys decides what
+_ALL_BITS: Final = np.uint64(0xFFFFFFFF)
 
 
 def select(
-    data: StoreData, index: int, *, config: ExampleConfig | None = None, seed: int = 0, coder: str | None = None
+    data: StoreData,
+    index: int,
+    *,
+    config: ExampleConfig | None = None,
+    seed: int = 0,
+    coder: str | None = None,
+    proxies: Mapping[Negative, Proxy] = MappingProxyType({}),
 ) -> ExampleSet | Skipped:
     """Return the examples of one latent, or why it has none; see ``select_many``."""
-    return select_many(data, [index], config, seed, coder=coder)[0]
+    return select_many(data, [index], config, seed, coder=coder, proxies=proxies)[0]
 
 
 def select_many(
@@ -201,244 +54,278 @@ def select_many(
     seed: int = 0,
     *,
     coder: str | None = None,
+    proxies: Mapping[Negative, Proxy] = MappingProxyType({}),
 ) -> list[ExampleSet | Skipped]:
     """Return the examples of each latent, or why it has none, in the order asked for.
 
-    All windows come from the frames of the train and test rows; only train windows are centred on firings when
-    ``config.centred`` asks for it. Firing train windows are drawn by ``config.strategy``, strongest first in the set;
-    firing test windows always by quantiles, so that every decile is judged; silent test windows at random. Test
-    windows stand in random order. A window fires when any position of it has a positive value; one that holds none
-    but values of 0 or below is neither firing nor silent. The draws of a latent depend on the seed and its name
-    alone. ``coder`` is the name in the latents' ids, by default the store's.
+    All windows come from the frame; only train windows are centred on firings when ``config.centred`` asks for it.
+    Firing train windows are drawn by ``config.strategy``, strongest first in the set; firing test windows by
+    ``config.test_strategy``; silent test windows in equal parts from the kinds of ``config.negatives``, of which each
+    but ``random`` needs its proxy. Test windows stand in random order. A window fires when any position of it has a
+    positive value; one that holds none but values of 0 or below is neither firing nor silent. Of near-duplicate windows
+    one, drawn at random, stands for all. The draws of a latent depend on the seed and its name alone. ``coder`` is the
+    name in the latents' ids, by default the store's.
 
-    Raises InputError when the frame of a split is empty: the rows are shorter than a window.
+    Raises InputError when a split has no window, as the rows are shorter, or a kind of negatives no proxy.
     """
     settings = ExampleConfig() if config is None else config
-    job = _Job(data, settings, seed, data.name if coder is None else coder)
+    job = _Job(data, settings, seed, data.name if coder is None else coder, proxies)
     chosen: list[ExampleSet | Skipped] = []
-    for start in range(0, len(indices), _BLOCK):
-        chosen.extend(job.block(indices[start : start + _BLOCK]))
+    for start in range(0, len(indices), job.size):
+        chosen.extend(job.block([int(i) for i in indices[start : start + job.size]]))
     return chosen
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """The windows drawn of one latent in one split, as arrays with one entry per window."""
+class _Chosen:
+    """The windows drawn of a block of latents in one split, as columns with one entry per window.
 
-    split: Split
-    row: Array
-    start: Array
+    ``latent`` [n] are places in the block, ``place`` [n] flat places where the windows begin, ``window`` [n] the frame
+    windows behind them; the others are as in Windows.
+    """
+
+    latent: Array
+    place: Array
+    window: Array
     fires: Array
     stratum: Array
     probability: Array
-    activations: Array
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """What was drawn of one latent."""
-
-    latent: LatentId
-    maximum: float
-    firing_rate: float
-    train: _Part
-    test: _Part
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Fired:
-    """The firings of one latent in one split, by window.
-
-    ``windows``, with their peaks and maxima, fire; ``touched`` are all windows that hold any recorded value.
-    """
-
-    places: Array
-    values: Array
-    touched: Array
-    windows: Array
-    peaks: Array
-    maxima: Array
+    multiplicity: Array
 
 
 @final
 class _Job:
     """One call of ``select_many``."""
 
-    def __init__(self, data: StoreData, config: ExampleConfig, seed: int, coder: str) -> None:
+    def __init__(
+        self, data: StoreData, config: ExampleConfig, seed: int, coder: str, proxies: Mapping[Negative, Proxy]
+    ) -> None:
         self._data, self._config, self._seed, self._coder = data, config, seed, coder
-        self._train, self._train_lookup = self._framed("train")
-        self._test, self._test_lookup = self._framed("test")
+        self._kinds = tuple(kind for kind in NEGATIVES if kind in config.negatives)
+        missing = [kind for kind in self._kinds if kind != "random" and kind not in proxies]
+        if missing:
+            raise InputError(
+                f"negatives of kind {missing[0]} need a proxy that finds them, got {sorted(proxies) or 'none'}; "
+                f"give one in proxies, or take {missing[0]} out of examples.negatives"
+            )
+        self._proxies = proxies
+        self._strata = np.array([STRATA.index("silent" if kind == "random" else kind) for kind in self._kinds])
+        self._frame = data.frame(config.window, seed, keep_bos=config.keep_bos)
+        self._lookup = data.lookup(self._frame)
+        self._counted("train")
+        self._n_test = self._counted("test")
+        self._known = {split: data.clusters(split, self._frame, config.duplicates) for split in ("train", "test")}
+        plain = self._kinds == ("random",) and config.silent == "window"
+        self.size: Final = _BLOCK if plain else max(1, min(_BLOCK, _PAIRS // max(self._n_test, 1)))
 
-    def _framed(self, split: Split) -> tuple[Frame, Array]:
-        tiled, lookup = self._data.frame(split, self._config.window, self._seed)
-        if not len(tiled):
+    def _counted(self, split: Split) -> int:
+        count = int(np.count_nonzero(self._frame.split == CODES[split]))
+        if not count:
             raise InputError(
                 f"no {split} row holds a window of {self._config.window} tokens of one document; "
                 f"set examples.window lower, or give longer documents"
             )
-        return tiled, lookup
+        return count
 
-    def block(self, indices: Sequence[int]) -> list[ExampleSet | Skipped]:
-        """Select for some latents at once: their tokens are gathered together."""
-        train, test = self._data.firings(indices, "train"), self._data.firings(indices, "test")
-        plans = [self._plan(*latent) for latent in zip(indices, train, test, strict=True)]
-        drawn = [plan for plan in plans if isinstance(plan, _Plan)]
-        shown = self._examples([plan.train for plan in drawn])
-        judged = self._examples([plan.test for plan in drawn])
+    def block(self, indices: list[int]) -> list[ExampleSet | Skipped]:
+        """Select for some latents at once."""
+        latents = [LatentId(coder=self._coder, index=i) for i in indices]
+        keys = latent_keys(self._seed, latents)
+        recorded = self._data.recorded(indices)
+        found = gathered(recorded, self._frame.split, self._lookup)
+        train = units(found.train, self._known["train"], keys[:, _TRAIN])
+        test = units(found.test, self._known["test"], keys[:, _TEST])
+        silent = self._silent(indices, found, keys[:, _SILENT])
+        have = np.stack(
+            [found.alive, np.diff(train.offsets), np.diff(test.offsets), silent.sizes.sum(axis=1)], axis=1
+        ).tolist()
+        skips = [self._skip(latent, *counts) for latent, counts in zip(latents, have, strict=True)]
+        rates = np.bincount(found.test.latent[found.test.maximum > 0], minlength=len(indices)) / self._n_test
+        shown, judged = self._shown(train, keys[:, _TRAIN]), self._judged(test, silent, keys[:, _TEST])
+        windows = self._windows(recorded, shown, judged, keys[:, _ORDER])
         return [
-            plan
-            if isinstance(plan, Skipped)
-            else ExampleSet(
-                latent=plan.latent,
-                examples=(*next(shown), *next(judged)),
-                maximum=plan.maximum,
-                firing_rate=plan.firing_rate,
-                frame=len(self._test),
+            ExampleSet(
+                latent=latent,
+                examples=examples,
+                maximum=float(found.strongest[at]),
+                firing_rate=float(rates[at]),
+                frame=self._n_test,
                 seed=self._seed,
+                strata=self._sizes(silent, at),
                 table=self._data.tokens,
             )
-            for plan in plans
+            if skip is None
+            else skip
+            for at, (latent, skip, examples) in enumerate(zip(latents, skips, windows, strict=True))
         ]
 
-    def _plan(self, index: int, train: Firings, test: Firings) -> _Plan | Skipped:
+    def _skip(self, latent: LatentId, alive: int, train: int, test: int, silent: int) -> Skipped | None:
+        """Return why a latent is left out, or None when it has enough of everything."""
         config = self._config
-        latent = LatentId(coder=self._coder, index=int(index))
-        shown = _by_window(train, self._train, self._train_lookup)
-        judged = _by_window(test, self._test, self._test_lookup)
-        if not ((shown.values > 0).any() or (judged.values > 0).any()):
-            return Skipped(latent=latent, stage="select", reason="dead", have=0, need=1)
-        silent = len(self._test) - len(judged.touched)
         for reason, have, need in (
-            ("too few firing train windows", len(shown.windows), config.min_train),
-            ("too few firing test windows", len(judged.windows), config.min_test),
+            ("dead", alive, 1),
+            ("too few firing train windows", train, config.min_train),
+            ("too few firing test windows", test, config.min_test),
             ("too few silent test windows", silent, config.min_test),
         ):
             if have < max(need, 1):
                 return Skipped(latent=latent, stage="select", reason=reason, have=have, need=max(need, 1))
-        rng = stream(self._seed, latent, "select")
-        return _Plan(
-            latent=latent,
-            maximum=float(shown.values.max()),
-            firing_rate=len(judged.windows) / len(self._test),
-            train=self._train_part(shown, rng),
-            test=self._test_part(judged, rng),
-        )
+        return None
 
-    def _train_part(self, fired: _Fired, rng: np.random.Generator) -> _Part:
-        tiled, config = self._train, self._config
+    def _sizes(self, silent: Silent, at: int) -> tuple[tuple[str, int], ...]:
+        names = [STRATA[stratum] for stratum in self._strata]
+        sizes = list(zip(names, silent.sizes[at].tolist(), strict=True))
+        unused = int(silent.unused[at])
+        return (*sizes, ("unused", unused)) if unused else tuple(sizes)
+
+    def _shown(self, found: Units, keys: Array) -> _Chosen:
+        """Draw the train windows."""
+        config, tiled = self._config, self._frame
+        place = tiled.places(found.window)
         if config.centred:
-            row, start = centred(tiled, fired.windows, fired.peaks)
-            dense = activations(fired.places, fired.values, row * tiled.length + start, tiled.window)
-            maxima = dense.max(axis=1)
+            found, place = _distinct(found, centred(tiled, found.window, found.peak))
+        ranked = rank(found.maximum, found.window, found.offsets, keys)
+        if config.strategy == "diverse":
+            latent, places = candidates(ranked.sizes)
+            compared = self._data.tokens_at(place[ranked.order[ranked.offsets[latent] + places]], config.window)
+            far = _farthest(compared, latent, config.n_train)
+            drawn = chosen_for_certain(ranked, latent[far], places[far], STRATA.index("diverse"))
         else:
-            row, start, maxima = tiled.row[fired.windows], tiled.start[fired.windows], fired.maxima
-        drawn = draw(maxima, config.n_train, config.strategy, rng)
-        strongest = np.argsort(-maxima[drawn.chosen], kind="stable")
-        return self._part("train", tiled, fired, row[drawn.chosen], start[drawn.chosen], drawn, strongest)
+            drawn = draw(ranked, config.n_train, config.strategy)
+        return _chosen(found, place, drawn)
 
-    def _test_part(self, fired: _Fired, rng: np.random.Generator) -> _Part:
-        tiled, config = self._test, self._config
-        firing = draw(fired.maxima, config.n_test, "quantiles", rng)
-        silent, probability = draw_silent(fired.touched, len(tiled), config.n_negatives, rng)
-        drawn = Draw(
-            chosen=np.concatenate([fired.windows[firing.chosen], silent]),
-            stratum=np.concatenate([firing.stratum, np.full(len(silent), _SILENT)]),
-            probability=np.concatenate([firing.probability, np.full(len(silent), probability)]),
+    def _judged(self, found: Units, silent: Silent, keys: Array) -> _Chosen:
+        """Draw the firing test windows, and put the silent ones beside them."""
+        config, tiled = self._config, self._frame
+        ranked = rank(found.maximum, found.window, found.offsets, keys)
+        firing = _chosen(found, tiled.places(found.window), draw(ranked, config.n_test, config.test_strategy))
+        mute = _Chosen(
+            latent=silent.latent,
+            place=tiled.places(silent.window),
+            window=silent.window,
+            fires=np.zeros(len(silent.latent), bool),
+            stratum=self._strata[silent.kind],
+            probability=silent.probability,
+            multiplicity=silent.multiplicity,
         )
-        order = rng.permutation(len(drawn))
-        return self._part("test", tiled, fired, tiled.row[drawn.chosen], tiled.start[drawn.chosen], drawn, order)
+        return _together(firing, mute)
 
-    def _part(
-        self, split: Split, tiled: Frame, fired: _Fired, row: Array, start: Array, drawn: Draw, order: Array
-    ) -> _Part:
-        row, start, stratum = row[order], start[order], drawn.stratum[order]
-        return _Part(
-            split=split,
+    def _silent(self, indices: list[int], found: Gathered, keys: Array) -> Silent:
+        """Draw the silent test windows."""
+        width = len(self._frame)
+        touched = found.test.latent * width + found.test.window
+        barred = touched if self._config.silent == "window" else self._of_documents(found, touched)
+        kinds: list[Array | None] = []
+        block = Block(
+            indices=np.array(indices, np.int64),
+            data=self._data,
+            frame=self._frame,
+            train=found.train,
+            test=found.test,
+        )
+        for kind in self._kinds:
+            if kind == "random":
+                kinds.append(None)
+                continue
+            kinds.append(self._found(kind, block))
+        return draw_silent(touched, barred, kinds, self._known["test"], self._config.n_negatives, keys)
+
+    def _found(self, kind: Negative, block: Block) -> Array:
+        """Return the windows of a kind, as latent * windows + window."""
+        offsets, windows = self._proxies[kind].windows(block)
+        codes: Array = spread(np.diff(offsets))[0] * len(self._frame) + windows
+        apart = len(offsets) == len(block) + 1 and bool((np.diff(codes) > 0).all())
+        if not apart or (self._frame.split[windows] != CODES["test"]).any():
+            raise InputError(
+                f"the proxy of {kind} negatives gave windows that are not those of the test split, ascending and "
+                f"distinct for each latent; mend its windows method"
+            )
+        return codes
+
+    def _of_documents(self, found: Gathered, touched: Array) -> Array:
+        """Return all test windows of documents in which a latent has any firing, as latent * windows + window."""
+        width = len(self._frame)
+        windows = self._frame.numbers(CODES["test"])
+        documents = self._frame.document[windows]
+        order = np.argsort(documents, kind="stable")
+        windows, documents = windows[order], documents[order]
+        strays = self._data.documents_at(found.stray_place)
+        stride = int(max(documents.max(), strays.max(initial=0))) + 1
+        within = touched // width * stride + self._frame.document[touched % width]
+        pairs = np.unique(np.concatenate([within, found.stray_latent * stride + strays]))
+        latent, document = np.divmod(pairs, stride)
+        low = np.searchsorted(documents, document)
+        which, place = spread(np.searchsorted(documents, document, side="right") - low)
+        return np.sort(latent[which] * width + windows[low[which] + place])
+
+    def _windows(self, recorded: Recorded, shown: _Chosen, judged: _Chosen, keys: Array) -> Iterator[Windows]:
+        """Yield the windows of each latent: train ones strongest first, then test ones in random order."""
+        tiled, span = self._frame, self._frame.n_rows * self._frame.length
+        both = _together(shown, judged)
+        at = np.repeat(np.arange(len(keys)) * span, np.diff(recorded.offsets))
+        at += recorded.places
+        values = activations(at, recorded.values, both.latent * span + both.place, tiled.window)
+        test = np.arange(len(both.latent)) >= len(shown.latent)
+        hashed = mixed(keys[both.latent] ^ both.window.astype(np.uint64))
+        strength = (_ALL_BITS - values.max(axis=1).view(np.uint32)) << np.uint64(32) | hashed >> np.uint64(32)
+        order = np.lexsort((np.where(test, hashed, strength), both.latent * 2 + test))
+        row, start = np.divmod(both.place[order], tiled.length)
+        columns = Windows(
+            split=np.where(test, CODES["test"], CODES["train"]).astype(np.int8)[order],
+            fires=both.fires[order],
+            stratum=both.stratum[order].astype(np.int8),
             row=row,
             start=start,
-            fires=stratum != _SILENT,
-            stratum=stratum,
-            probability=drawn.probability[order],
-            activations=activations(fired.places, fired.values, row * tiled.length + start, tiled.window),
+            document=tiled.document[both.window[order]].astype(np.int64),
+            probability=both.probability[order],
+            multiplicity=both.multiplicity[order],
+            tokens=self._data.tokens_at(both.place[order], tiled.window),
+            activations=values[order],
         )
-
-    def _examples(self, parts: list[_Part]) -> Iterator[list[Example]]:
-        """Yield the examples of each part; all parts are of one split."""
-        if not parts:
-            return
-        split = parts[0].split
-        rows, numbers = self._data.rows(split), self._data.numbers(split)
-        row, start = np.concatenate([p.row for p in parts]), np.concatenate([p.start for p in parts])
-        tokens = rows.tokens[row[:, None], start[:, None] + np.arange(self._config.window)]
-        places = numbers[row].tolist()
-        documents = rows.documents[row, start].tolist()
-        at = 0
-        for part in parts:
-            here = slice(at, at + len(part.row))
-            at = here.stop
-            columns = (
-                places[here],
-                part.start.tolist(),
-                part.fires.tolist(),
-                part.stratum.tolist(),
-                part.probability.tolist(),
-                documents[here],
-            )
-            yield [
-                Example(
-                    split=split,
-                    fires=fires,
-                    stratum=STRATA[stratum],
-                    row=place,
-                    start=first,
-                    tokens=shown,
-                    activations=values,
-                    document=document,
-                    inclusion_probability=probability,
-                )
-                for place, first, fires, stratum, probability, document, shown, values in zip(
-                    *columns, tokens[here], part.activations, strict=True
-                )
-            ]
+        bounds = np.searchsorted(both.latent[order], np.arange(len(keys) + 1)).tolist()
+        return (columns[start:stop] for start, stop in pairwise(bounds))
 
 
-def _by_window(firings: Firings, tiled: Frame, lookup: Array) -> _Fired:
-    places, values = ordered(firings.rows, firings.positions, firings.values, tiled.length)
-    touched, peaks, maxima = fires_per_window(places, values, lookup)
-    fires = maxima > 0
-    return _Fired(
-        places=places,
-        values=values,
-        touched=touched,
-        windows=touched[fires],
-        peaks=peaks[fires],
-        maxima=maxima[fires],
+def _chosen(found: Units, places: Array, drawn: Draw) -> _Chosen:
+    """Return what was drawn of firing windows that begin at these places."""
+    return _Chosen(
+        latent=drawn.latent,
+        place=places[drawn.chosen],
+        window=found.window[drawn.chosen],
+        fires=np.ones(len(drawn), bool),
+        stratum=drawn.stratum,
+        probability=drawn.probability,
+        multiplicity=found.multiplicity[drawn.chosen],
     )
 
 
-def _divided(owners: Array, split: Array) -> Array:
-    """Return which segments are of documents that lie in more than one split, bool [n_segments]."""
-    found = np.zeros((len(CODES), int(owners.max(initial=-1)) + 1), dtype=bool)
-    for code in CODES.values():
-        found[code, owners[split == code]] = True
-    divided: Array = (found.sum(axis=0) > 1)[owners]
-    return divided
+def _together(one: _Chosen, other: _Chosen) -> _Chosen:
+    columns = (f.name for f in dataclasses.fields(_Chosen))
+    return _Chosen(**{name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in columns})
 
 
-def _inverse(numbers: Array, n: int) -> Array:
-    """Return the place of each of n rows among ``numbers``, −1 where it is not there."""
-    places = np.full(n, -1, dtype=np.int64)
-    places[numbers] = np.arange(len(numbers))
-    return places
+def _distinct(found: Units, places: Array) -> tuple[Units, Array]:
+    """Let one unit stand for all of a latent that begin at the same place: centred windows meet at a text's end."""
+    order = np.lexsort((places, found.latent))
+    latent, place = found.latent[order], places[order]
+    firsts = np.flatnonzero((np.diff(latent, prepend=-1) != 0) | (np.diff(place, prepend=-1) != 0))
+    if len(firsts) == len(order):
+        return found, places
+    one = order[firsts]
+    merged = Units(
+        latent=found.latent[one],
+        window=found.window[one],
+        peak=found.peak[one],
+        maximum=np.maximum.reduceat(found.maximum[order], firsts),
+        multiplicity=np.add.reduceat(found.multiplicity[order], firsts),
+        offsets=starts_of(np.bincount(found.latent[one], minlength=len(found.offsets) - 1)),
+    )
+    return merged, places[one]
 
 
-def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield maximal runs of consecutive indices as (start, stop)."""
-    start = 0
-    for i in range(1, len(indices) + 1):
-        if i == len(indices) or indices[i] != indices[i - 1] + 1:
-            yield indices[start], indices[i - 1] + 1
-            start = i
+def _farthest(tokens: Array, latent: Array, n: int) -> Array:
+    """Return which windows are taken of each latent's, which lie one latent after another."""
+    bounds = np.flatnonzero(np.diff(latent, prepend=-1, append=-1)).tolist()
+    parts = [start + farthest_first(tokens[start:stop], n) for start, stop in pairwise(bounds)]
+    return np.concatenate([np.zeros(0, np.int64), *parts])

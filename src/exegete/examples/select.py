@@ -1,35 +1,59 @@
-"""Which of a latent's firing windows are taken, and with what probability. Arrays in, arrays out.
+"""Which of their firing windows are taken of a block of latents, and with what probability. Arrays in, arrays out.
 
 Windows are ranked by their maximum, strongest first; equal maxima are ordered at random. ``decile_0`` is the strongest
-tenth of the ranks and ``decile_9`` the weakest (arXiv 2410.13928, section 3.2 and Tab. A5).
+tenth of the ranks and ``decile_9`` the weakest (arXiv 2410.13928, section 3.2 and Tab. A5). ``bin_0`` holds the windows
+above nine tenths of the strongest maximum, ``bin_9`` those up to one tenth of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, final
 
 import numpy as np
 
 from exegete.config import Strategy
 from exegete.errors import unknown
-from exegete.types import Array
+from exegete.examples.draws import allocate, draw_places, spread
+from exegete.examples.keys import mixed, nth
+from exegete.types import STRATA, Array
 
-N_DECILES: Final = 10
-STRATA: Final = (*(f"decile_{i}" for i in range(N_DECILES)), "top", "random", "silent")
-"""Names of the strata; a stratum is stored as its place here."""
-_TOP, _RANDOM = STRATA.index("top"), STRATA.index("random")
+PARTS: Final = 10
+_DECILE, _BIN = STRATA.index("decile_0"), STRATA.index("bin_0")
+_KNOWN: Final = ("top", "random", "quantiles", "bins", "mix", "importance")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranked:
+    """The windows of a block of latents, strongest first.
+
+    ``order`` [n] are the windows, latent by latent; ``maxima`` [n] float32 theirs, positive; ``offsets`` [m + 1] where
+    each latent's windows begin; ``keys`` [m] uint64 decide the draws.
+    """
+
+    order: Array
+    maxima: Array
+    offsets: Array
+    keys: Array
+
+    @property
+    def sizes(self) -> Array:
+        """Windows of each latent [m]."""
+        return np.diff(self.offsets)
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """What was drawn, strongest first within each part of the strategy.
+    """What was drawn, by latent and then strongest first within each part of the strategy.
 
-    ``chosen`` [n] are indices into the given windows, no two alike; ``stratum`` [n] are places in STRATA;
-    ``probability`` [n] is the chance that the draw takes the window.
+    ``latent`` [n] are places in the block; ``chosen`` [n] windows, none twice for a latent; ``stratum`` [n] places in
+    STRATA; ``probability`` [n] is the chance that the draw takes the window.
     """
 
+    latent: Array
     chosen: Array
     stratum: Array
     probability: Array
@@ -38,83 +62,173 @@ class Draw:
         return len(self.chosen)
 
 
-def draw(maxima: Array, n: int, strategy: Strategy, rng: np.random.Generator) -> Draw:
-    """Draw ``n`` of the windows with these maxima (positive float32), or all when there are no more.
+def rank(maxima: Array, windows: Array, offsets: Array, keys: Array) -> Ranked:
+    """Rank the windows of every latent by their maxima [n] (positive float32).
+
+    ``windows`` [n] are their numbers: which of equal maxima comes first is a hash of the latent's key and of them.
+    """
+    latent, place = spread(np.diff(offsets))
+    # Bits of positive floats are ordered as the floats are. Below them as many bits of a hash as the place leaves free.
+    own = np.array([max(int(n) - 1, 0).bit_length() for n in np.diff(offsets)], np.uint64)[latent]
+    tied = mixed(keys[latent] ^ windows.astype(np.uint64)) >> np.uint64(32) >> own << own
+    bits = np.asarray(maxima, np.float32).view(np.uint32).astype(np.uint64)
+    packed = (np.uint64(0xFFFFFFFF) - bits) << np.uint64(32) | tied | place.astype(np.uint64)
+    bounds = offsets.tolist()
+    for start, stop in pairwise(bounds):
+        packed[start:stop].sort()
+    order = (packed & ((np.uint64(1) << own) - np.uint64(1))).astype(np.int64) + offsets[latent]
+    return Ranked(order=order, maxima=maxima[order], offsets=offsets, keys=keys)
+
+
+def draw(ranked: Ranked, n: int, strategy: Strategy) -> Draw:
+    """Draw ``n`` of each latent's windows, or all when there are no more.
 
     ``top`` takes the strongest, with probability 1: it is no draw, and says nothing about the other windows.
-    ``random`` takes each window with probability n / N. ``quantiles`` takes equal parts of the ten rank deciles; a
-    window of decile h has probability n_h / N_h. ``mix`` takes the strongest half of n (rounded up) as ``top`` does
-    and the rest by ``quantiles`` among the windows that are left; its deciles are those of the windows left. Raises
-    NotFoundError for another strategy.
+    ``random`` takes each window with probability n / N. ``quantiles`` takes equal parts of the ten rank deciles and
+    ``bins`` of the ten equally wide bins of value, as far as they go; a window of part h has probability n_h / N_h.
+    ``mix`` takes the strongest half of n (rounded up) as ``top`` does and the rest by ``quantiles`` among the windows
+    that are left; its deciles are those of the windows left. ``importance`` takes each window with a probability
+    proportional to its maximum, or for certain where that would pass 1. Raises NotFoundError for another strategy.
     """
-    ranked = _rank(maxima, rng)
-    n = min(n, len(ranked))
-    if strategy == "top":
-        return _constant(ranked[:n], _TOP, 1.0)
+    sizes = ranked.sizes
+    wanted = np.minimum(n, sizes)
+    if strategy == "top" or n < 1:
+        return _first(ranked, wanted)
     if strategy == "random":
-        chosen = np.sort(rng.choice(len(ranked), n, replace=False)) if n else np.empty(0, np.int64)
-        return _constant(ranked[chosen], _RANDOM, n / max(len(ranked), 1))
+        return _parts(ranked, sizes[:, None], wanted[:, None], np.zeros_like(wanted), STRATA.index("random"))
     if strategy == "quantiles":
-        return _quantiles(ranked, n, rng)
+        return _quantiles(ranked, wanted, np.zeros_like(wanted))
+    if strategy == "bins":
+        return _bins(ranked, wanted)
     if strategy == "mix":
-        half = (n + 1) // 2
-        top, rest = _constant(ranked[:half], _TOP, 1.0), _quantiles(ranked[half:], n - half, rng)
-        return Draw(
-            chosen=np.concatenate([top.chosen, rest.chosen]),
-            stratum=np.concatenate([top.stratum, rest.stratum]),
-            probability=np.concatenate([top.probability, rest.probability]),
-        )
-    raise unknown("strategy", strategy, ("top", "random", "quantiles", "mix"))
+        half = (wanted + 1) // 2
+        return _merged(_first(ranked, half), _quantiles(ranked, wanted - half, half))
+    if strategy == "importance":
+        return _importance(ranked, n)
+    raise unknown("strategy", strategy, _KNOWN)
 
 
-def deciles(n: int) -> Array:
-    """Return the decile of each of n ranks, strongest first: ten parts whose sizes differ by one at most."""
-    return np.arange(n) * N_DECILES // max(n, 1)
-
-
-def allocate(n: int, sizes: Array) -> Array:
-    """Share n among strata of these sizes as equally as they allow; what remains goes to the strongest first.
-
-    A stratum gives no more than it has; what it lacks the others make up for. Gives everything when n exceeds the sum.
-    """
-    given = np.zeros(len(sizes), dtype=np.int64)
-    left = min(n, int(np.sum(sizes)))
-    while left:
-        room = np.flatnonzero(given < sizes)
-        share = left // len(room)
-        added = np.minimum(sizes[room] - given[room], share) if share else np.arange(len(room)) < left
-        given[room] += added
-        left -= int(added.sum())
-    return given
-
-
-def _rank(maxima: Array, rng: np.random.Generator) -> Array:
-    """Return window indices, strongest first, equal ones in random order."""
-    # Bits of positive floats are ordered as the floats are; a random lower half orders ties the same on any platform.
-    bits = np.asarray(maxima, dtype=np.float32).view(np.uint32).astype(np.uint64)
-    ties = rng.integers(2**32, size=len(bits), dtype=np.uint64)
-    return np.argsort(((np.uint64(2**32 - 1) - bits) << np.uint64(32)) | ties)
-
-
-def _quantiles(ranked: Array, n: int, rng: np.random.Generator) -> Draw:
-    """Draw equal parts of the deciles; with n below ten, equal parts of n strata, so that no window has no chance."""
-    total = len(ranked)
-    n = min(n, total)
-    parts = min(N_DECILES, n)
-    part = np.arange(total) * parts // max(total, 1)
-    sizes = np.bincount(part, minlength=parts)
-    given = allocate(n, sizes)
-    # The given[h] smallest random keys of each part: a draw without replacement in all parts at once.
-    order = np.argsort(part + rng.random(total))
-    place = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    chosen = np.sort(order[place < given[part]])
+def chosen_for_certain(ranked: Ranked, latent: Array, places: Array, stratum: int) -> Draw:
+    """Return windows taken with probability 1: of each ``latent`` those at ``places`` of its ranking."""
     return Draw(
-        chosen=ranked[chosen],
-        stratum=deciles(total)[chosen],
-        probability=(given / np.maximum(sizes, 1))[part[chosen]],
+        latent=latent,
+        chosen=ranked.order[ranked.offsets[latent] + places],
+        stratum=np.full(len(latent), stratum),
+        probability=np.ones(len(latent)),
     )
 
 
-def _constant(chosen: Array, stratum: int, probability: float) -> Draw:
-    n = len(chosen)
-    return Draw(chosen=chosen, stratum=np.full(n, stratum), probability=np.full(n, probability))
+def deciles(places: Array, n: Array) -> Array:
+    """Return the decile of each rank among n: ten parts whose sizes differ by one at most, strongest first."""
+    return places * PARTS // np.maximum(n, 1)
+
+
+def inclusion(sizes: Array, n: int) -> Array:
+    """Return the chances that are proportional to ``sizes`` (positive, descending) and sum to n; none exceeds 1.
+
+    They are min(1, c·size): the largest whose share of what is left would pass 1 are taken for certain, one after
+    another. With no more than n of them all are 1.
+    """
+    chances: Array = np.ones(len(sizes))
+    left = np.arange(min(n, len(sizes)))
+    tails = np.cumsum(sizes[::-1], dtype=np.float64)[::-1]
+    fits = np.flatnonzero((n - left) * sizes[left] < tails[left])
+    if len(sizes) > n:
+        certain = fits[0] if len(fits) else n - 1  # none where the last outweighs all others in float64
+        chances[certain:] = sizes[certain:] * (n - certain) / tails[certain]
+    return chances
+
+
+def systematic(chances: Array, start: float) -> Array:
+    """Return a sample whose size is the sum of the chances, a whole number, and that takes each with its chance.
+
+    The chances lie end to end, and what the points ``start``, ``start`` + 1 … hit is taken; ``start`` is uniform in
+    [0, 1) (systematic sampling with probabilities proportional to size: Madow 1949).
+    """
+    certain = int((chances == 1.0).argmin()) if (chances < 1.0).any() else len(chances)
+    ends = np.cumsum(chances[certain:])
+    points = start + np.arange(round(float(ends[-1])) if len(ends) else 0)
+    hit = np.minimum(np.searchsorted(ends, points, side="right"), len(ends) - 1)
+    return np.concatenate([np.arange(certain), certain + hit])
+
+
+def _first(ranked: Ranked, wanted: Array) -> Draw:
+    return chosen_for_certain(ranked, *spread(wanted), STRATA.index("top"))
+
+
+def _quantiles(ranked: Ranked, wanted: Array, skipped: Array) -> Draw:
+    """Draw equal parts of the deciles of all but the first ``skipped`` windows.
+
+    With fewer than ten wanted, equal parts of as many strata, so that no window has no chance.
+    """
+    total = ranked.sizes - skipped
+    parts = np.clip(wanted, 1, PARTS)[:, None]
+    # Rank i is in part i * parts // total.
+    edges = -(-np.minimum(np.arange(PARTS + 1), parts) * total[:, None] // parts)
+    sizes = np.diff(edges, axis=1)
+    return _parts(ranked, sizes, allocate(wanted, sizes), skipped, _DECILE)
+
+
+def _bins(ranked: Ranked, wanted: Array) -> Draw:
+    """Draw equal parts of the bins; with fewer than ten wanted there are as many, wider ones."""
+    m = len(wanted)
+    parts = np.clip(wanted, 1, PARTS)
+    latent = np.repeat(np.arange(m), ranked.sizes)
+    part = _binned(ranked, latent, np.arange(len(latent)), parts[latent])
+    sizes = np.bincount(latent * PARTS + part, minlength=m * PARTS).reshape(m, PARTS)
+    return _parts(ranked, sizes, allocate(wanted, sizes), np.zeros_like(wanted), _BIN)
+
+
+def _binned(ranked: Ranked, latent: Array, at: Array, parts: Array | int) -> Array:
+    """Return in which of equally wide parts of 0 … the strongest maximum the maxima ``at`` these places lie."""
+    strongest = ranked.maxima[ranked.offsets[latent]].astype(np.float64)
+    above = np.ceil(ranked.maxima[at].astype(np.float64) * parts / strongest).astype(np.int64)
+    binned: Array = parts - np.maximum(above, 1)
+    return binned
+
+
+def _parts(ranked: Ranked, sizes: Array, given: Array, skipped: Array, label: int) -> Draw:
+    """Draw ``given`` [m, parts] from ranges of ranks of these ``sizes``, which follow one another after ``skipped``."""
+    parts = sizes.shape[1]
+    keys = nth(ranked.keys[:, None], np.arange(parts)[None, :]).reshape(-1)
+    which, place = draw_places(keys, sizes.reshape(-1), given.reshape(-1))
+    latent = which // parts
+    ranks = (np.cumsum(sizes, axis=1) - sizes).reshape(-1)[which] + place
+    at = ranked.offsets[latent] + skipped[latent] + ranks
+    stratum = np.full(len(at), label)
+    if label == _DECILE:
+        stratum += deciles(ranks, sizes.sum(axis=1)[latent])
+    elif label == _BIN:
+        stratum += _binned(ranked, latent, at, PARTS)
+    chance = (given / np.maximum(sizes, 1)).reshape(-1)[which]
+    return Draw(latent=latent, chosen=ranked.order[at], stratum=stratum, probability=chance)
+
+
+def _importance(ranked: Ranked, n: int) -> Draw:
+    starts = (nth(ranked.keys, np.zeros(len(ranked.keys))) >> np.uint64(11)).astype(np.float64) / 2.0**53
+    bounds = ranked.offsets.tolist()
+    latents, places, chances = [], [], []
+    for latent, (low, high) in enumerate(pairwise(bounds)):
+        chance = inclusion(ranked.maxima[low:high].astype(np.float64), n)
+        hit = systematic(chance, starts[latent])
+        latents.append(np.full(len(hit), latent))
+        places.append(low + hit)
+        chances.append(chance[hit])
+    nothing = np.zeros(0, np.int64)
+    at = np.concatenate([nothing, *places])
+    return Draw(
+        latent=np.concatenate([nothing, *latents]),
+        chosen=ranked.order[at],
+        stratum=np.full(len(at), STRATA.index("importance")),
+        probability=np.concatenate([np.zeros(0), *chances]),
+    )
+
+
+def _merged(one: Draw, other: Draw) -> Draw:
+    """Return two draws as one, by latent."""
+    order = np.argsort(np.concatenate([one.latent, other.latent]), kind="stable")
+    joined = {
+        name: np.concatenate([getattr(one, name), getattr(other, name)])[order]
+        for name in ("latent", "chosen", "stratum", "probability")
+    }
+    return Draw(**joined)

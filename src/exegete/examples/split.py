@@ -10,7 +10,8 @@ from typing import Final, Protocol
 import numpy as np
 
 from exegete.errors import InputError
-from exegete.types import SPLITS, Array, Split
+from exegete.store.duplicates import cluster_counts, document_clusters
+from exegete.types import SPLITS, Array, Rows, Split
 
 MIN_DOCUMENTS: Final = 20
 """With fewer documents a hash would leave the split to chance; contiguous blocks of rows are cut instead."""
@@ -49,52 +50,96 @@ class CorpusLike(Protocol):
     def segments(self) -> Array:
         """Row, start, stop and document of every run of one document's tokens in a row, int64 [n_segments, 4].
 
-        Sorted by row and start; every row holds at least one.
+        Sorted by row and start; every row holds at least one, and a document's segments follow one another.
         """
+
+    @abstractmethod
+    def rows(self, index: slice, /) -> Rows:
+        """Return rows with the document of every token and which of them count."""
 
 
 def split_documents(
-    keys: Sequence[str], fixed: Sequence[Split | None], *, seed: int, test_share: float
+    keys: Sequence[str],
+    fixed: Sequence[Split | None],
+    *,
+    seed: int,
+    test_share: float,
+    clusters: Array | None = None,
 ) -> list[Split | None]:
     """Return the split of each document; it depends on the seed and the document's own key alone.
 
     A document whose source fixed its split keeps it. With fewer than 20 documents the others get None: their rows are
-    cut into blocks by ``split_segments``. Raises InputError when ``test_share`` does not lie between 0 and 1.
+    cut into blocks by ``split_segments``. ``clusters`` [n] names the cluster of near-duplicates of each document: those
+    of one go where its smallest key goes, or where the source put one of them (of several splits the first of train,
+    validation and test). Raises InputError when ``test_share`` does not lie between 0 and 1.
     """
     if not 0.0 < test_share < 1.0:
         raise InputError(f"test_share lies between 0 and 1, got {test_share}")
     if len(keys) != len(fixed):
         raise InputError(f"every document has a key and a fixed split or None, got {len(keys)} and {len(fixed)}")
-    few = len(keys) < MIN_DOCUMENTS
-    return [
-        known if known is not None else None if few else "test" if _uniform(seed, key) < test_share else "train"
-        for key, known in zip(keys, fixed, strict=True)
-    ]
+    if clusters is not None and len(clusters) != len(keys):
+        raise InputError(f"every document has a key and a cluster, got {len(keys)} and {len(clusters)}")
+    owners = range(len(keys)) if clusters is None else clusters.tolist()
+    named: dict[int, str] = {}
+    decided: dict[int, Split] = {}
+    for owner, key, known in zip(owners, keys, fixed, strict=True):
+        named[owner] = min(key, named.get(owner, key))
+        if known is not None:
+            decided[owner] = min(known, decided.get(owner, known), key=SPLITS.index)
+    if len(keys) >= MIN_DOCUMENTS:
+        for owner, key in named.items():
+            decided.setdefault(owner, "test" if _uniform(seed, key) < test_share else "train")
+    return [decided.get(owner) if known is None else known for owner, known in zip(owners, fixed, strict=True)]
 
 
-def split_segments(corpus: CorpusLike, *, seed: int, test_share: float) -> Array:
+def split_segments(corpus: CorpusLike, *, seed: int, test_share: float, duplicates: float = 0.8) -> Array:
     """Return the split of every segment, int8 [n_segments]: 0 train, 1 validation, 2 test, −1 none (the gap).
 
     All segments of a document share its split, so a row that holds several documents may hold text of several splits.
     Only with fewer than 20 documents are the rows of those that no source fixed cut into two contiguous blocks, one
     row left out between them; the seed says which end is the test block. All such text of one row lies in one block.
-    Raises InputError when train or test would be empty.
+
+    Documents that have at least the share ``duplicates`` of their token 5-grams in common, and chains of such, are
+    never in two splits: they follow what the source fixed of one, or share the draw of the smallest key. Where the
+    source, or the cut of few documents, put near-duplicates in several splits, those in the first of train, validation
+    and test stay and the others are in none. ``duplicates`` = 0 lets every document go its own way.
+
+    Raises InputError when train or test would be empty, or ``duplicates`` is neither 0 nor between 0.5 and 1.
     """
     documents = corpus.documents
-    splits = split_documents([d.key for d in documents], [d.split for d in documents], seed=seed, test_share=test_share)
+    clusters = document_clusters(corpus, duplicates)
+    keys, fixed = [d.key for d in documents], [d.split for d in documents]
+    splits = split_documents(keys, fixed, seed=seed, test_share=test_share, clusters=clusters)
     codes = np.array([GAP if split is None else CODES[split] for split in splits], dtype=np.int8)
     rows, owners = np.asarray(corpus.segments[:, 0]), np.asarray(corpus.segments[:, 3])
     segments: Array = codes[owners]
     undecided = np.flatnonzero(segments == GAP)
     cut, place = np.unique(rows[undecided], return_inverse=True)
     segments[undecided] = _blocks(len(cut), seed=seed, test_share=test_share)[place]
+    segments = _apart(segments, owners, clusters)
     for split in ("train", "test"):
         if not (segments == CODES[split]).any():
+            largest = cluster_counts(clusters).largest
+            alike = f", {largest} of them near-duplicates of one another" if largest > 1 else ""
             raise InputError(
-                f"no row is left for the {split} split of {len(documents)} documents in {len(np.unique(rows))} rows; "
-                f"give more text, another test_share than {test_share}, or another seed"
+                f"no row is left for the {split} split of {len(documents)} documents in {len(np.unique(rows))} rows"
+                f"{alike}; give more text, another test_share than {test_share}, or another seed"
             )
     return segments
+
+
+def _apart(segments: Array, owners: Array, clusters: Array) -> Array:
+    """Return the codes of segments [n] with those in the gap whose document has near-duplicates in an earlier split.
+
+    A document without near-duplicates may lie in several splits: the rows of few documents are cut.
+    """
+    sizes = np.bincount(clusters, minlength=len(clusters))
+    cluster = clusters[owners]
+    here = segments != GAP
+    first = np.full(len(clusters), len(SPLITS), dtype=np.int8)
+    np.minimum.at(first, cluster[here], segments[here])
+    late = here & (sizes[cluster] > 1) & (segments > first[cluster])
+    return np.where(late, np.int8(GAP), segments)
 
 
 def _blocks(n: int, *, seed: int, test_share: float) -> Array:

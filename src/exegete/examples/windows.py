@@ -1,46 +1,76 @@
-"""The frame — the tiling of rows into windows — and what fires in a window. Arrays in, arrays out."""
+"""The frame — the tiling of rows into windows — and what lies in a window. Arrays in, arrays out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final, final
 
 import numpy as np
 
 from exegete.errors import InputError
-from exegete.types import Array, Rows
+from exegete.examples.draws import spread
+from exegete.examples.keys import mixed
+from exegete.types import SPLITS, Array, Rows
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """Non-overlapping windows of one length over rows, in order of (row, start).
+    """Non-overlapping windows of one length over all rows, in order of (row, start); a window's number is its place.
 
-    ``row``, ``start``, ``document`` [windows]: where each window lies; ``first`` and ``last`` [windows]: the stretch
-    of counted positions that it was cut from (``last`` is one past its end); ``n_rows`` and ``length``: the rows'
-    shape.
+    ``row`` [windows] int64, ``start`` and ``document`` int32: where each window lies; ``split`` int8: its place in
+    SPLITS, −1 where it is of none; ``first`` and ``last`` int32: the stretch of positions that it was cut from
+    (``last`` is one past its end). ``n_rows`` and ``length``: the rows' shape. ``seed`` and ``keep_bos``: how it was
+    made.
     """
 
     row: Array
     start: Array
     document: Array
+    split: Array
     first: Array
     last: Array
     window: int
     n_rows: int
     length: int
+    seed: int
+    keep_bos: bool = False
 
     def __len__(self) -> int:
         return len(self.row)
 
-    def lookup(self) -> Array:
-        """Return the window that each position belongs to, int32 [n_rows * length], −1 where there is none."""
-        owner = np.full(self.n_rows * self.length, -1, dtype=np.int32)
-        base = self.row * self.length + self.start
-        numbers = np.arange(len(self), dtype=np.int32)
-        for offset in range(self.window):
-            owner[base + offset] = numbers
-        return owner
+    def numbers(self, split: int) -> Array:
+        """Return the windows of a split (its place in SPLITS), ascending."""
+        return np.flatnonzero(self.split == split)
+
+    def places(self, windows: Array) -> Array:
+        """Return the flat place (row * length + position) at which each of these windows begins, int64."""
+        return self.row[windows] * self.length + self.start[windows]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """Which window each position of all rows is in, in one or two bytes a position.
+
+    ``nth`` [n_rows * length]: which of its row's windows it is in; from ``limit`` on it is in none, and ``nth`` is
+    ``limit`` more than its split's place in SPLITS, or than 3 where it has none. ``base`` [n_rows] int64: the number
+    of each row's first window.
+    """
+
+    nth: Array
+    base: Array
+    limit: int
+
+    def windows(self, rows: Array, places: Array) -> Array:
+        """Return the window of each position, int64; −1 less its split's code where it is in none."""
+        nth = self.nth[places]
+        return np.where(nth < self.limit, self.base[rows] + nth, np.int64(self.limit - 1) - nth)
+
+
+OUTSIDE: Final = len(SPLITS)
+"""Code of positions that are of no split."""
 
 
 def stretches(rows: Rows) -> tuple[Array, Array, Array]:
@@ -58,14 +88,17 @@ def stretches(rows: Rows) -> tuple[Array, Array, Array]:
     return row, first, np.nonzero(ends)[1] + 1
 
 
-def frame(rows: Rows, window: int, *, seed: int, numbers: Array | None = None) -> Frame:
-    """Tile every stretch of the rows into windows, from an offset that the seed draws.
+def frame(
+    rows: Rows, window: int, *, seed: int, numbers: Array | None = None, special: Sequence[int] | None = None
+) -> Frame:
+    """Tile every stretch of the rows into windows, from an offset that the seed draws; their split is left open.
 
     The offset is a hash of the seed, the row's number in its corpus (``numbers`` [rows], by default its place in
     ``rows``) and the stretch's first position, so it does not depend on which other rows are given. It is uniform
     over 0 … window − 1, or over fewer where the stretch would else lose its only window; what is left at both ends is
-    in no window, nor is a stretch shorter than a window. Raises InputError when ``window`` is not positive or
-    ``numbers`` does not fit.
+    in no window, nor is a stretch shorter than a window. With ``special`` tokens a stretch begins with those that
+    stand right before it in its document, though not with so many that a window could hold nothing else. Raises
+    InputError when ``window`` is not positive or ``numbers`` does not fit.
     """
     if window < 1:
         raise InputError(f"a window has at least one token, got {window}")
@@ -73,64 +106,75 @@ def frame(rows: Rows, window: int, *, seed: int, numbers: Array | None = None) -
     if identities.shape != (len(rows),):
         raise InputError(f"every row has one number, got shape {identities.shape} for {len(rows)} rows")
     row, first, last = stretches(rows)
+    if special is not None:
+        first = first - _before(rows, row, first, special, window - 1)
     long = last - first >= window
     row, first, last = row[long], first[long], last[long]
     choices = np.minimum(window, last - first - window + 1).astype(np.uint64)
     offset = (_hash(seed, identities[row], first) % choices).astype(np.int64)
-    count = (last - first - offset) // window
-    which = np.repeat(np.arange(len(row)), count)
-    nth = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
-    start = (first + offset)[which] + window * nth
+    which, place = spread((last - first - offset) // window)
+    start = (first + offset)[which] + window * place
     return Frame(
-        row=row[which],
-        start=start,
-        document=rows.documents[row[which], start],
-        first=first[which],
-        last=last[which],
+        row=identities[row[which]].astype(np.int64),
+        start=start.astype(np.int32),
+        document=rows.documents[row[which], start].astype(np.int32),
+        split=np.full(len(start), -1, np.int8),
+        first=first[which].astype(np.int32),
+        last=last[which].astype(np.int32),
         window=window,
         n_rows=len(rows),
         length=rows.length,
+        seed=seed,
+        keep_bos=special is not None,
     )
 
 
-def ordered(rows: Array, positions: Array, values: Array, length: int) -> tuple[Array, Array]:
-    """Return firings as flat places (row * length + position, ascending, int64) and their values."""
-    places = rows.astype(np.int64) * length + positions
-    if (places[1:] < places[:-1]).any():
-        order = np.argsort(places, kind="stable")
-        return places[order], values[order]
-    return places, values
+def joined(pieces: Sequence[Frame]) -> Frame:
+    """Return the frame of rows that were tiled piece by piece, in order."""
+    return replace(
+        pieces[0],
+        row=np.concatenate([piece.row for piece in pieces]),
+        start=np.concatenate([piece.start for piece in pieces]),
+        document=np.concatenate([piece.document for piece in pieces]),
+        split=np.concatenate([piece.split for piece in pieces]),
+        first=np.concatenate([piece.first for piece in pieces]),
+        last=np.concatenate([piece.last for piece in pieces]),
+        n_rows=sum(piece.n_rows for piece in pieces),
+    )
 
 
-def fires_per_window(places: Array, values: Array, lookup: Array) -> tuple[Array, Array, Array]:
-    """Return the frame windows that hold any firing, ascending, with the place and value of each one's strongest.
+def lookup(whole: Frame, segments: Array, codes: Array) -> Lookup:
+    """Return which window each position is in; ``codes`` are the splits of ``segments`` (row, start, stop, document).
 
-    ``places`` and ``values`` are what ``ordered`` returns, ``lookup`` is the frame's. Of equal values the first
-    counts.
+    ``whole`` is the frame of all rows, numbered from 0.
     """
-    owner = lookup[places]
-    inside = owner >= 0
-    owner, places, values = owner[inside], places[inside], values[inside]
-    if not len(owner):
-        return owner.astype(np.int64), places, values
-    begins = np.concatenate([[0], np.flatnonzero(owner[1:] != owner[:-1]) + 1])
-    maxima = np.maximum.reduceat(values, begins)
-    counts = np.diff(np.append(begins, len(owner)))
-    hits = np.flatnonzero(values == np.repeat(maxima, counts))
-    peaks = hits[np.searchsorted(hits, begins)]
-    return owner[begins].astype(np.int64), places[peaks], maxima
+    counts = np.bincount(whole.row, minlength=whole.n_rows)
+    limit = int(counts.max(initial=0))
+    kind = np.uint8 if limit + OUTSIDE < 256 else np.uint16
+    begin = segments[:, 0] * whole.length
+    # The positions of each segment and of what lies between two.
+    cuts = np.stack([begin + segments[:, 1], begin + segments[:, 2]], axis=1).reshape(-1)
+    told = np.full(len(cuts) + 1, limit + OUTSIDE, kind)
+    told[1::2] = limit + np.where(codes < 0, OUTSIDE, codes.astype(np.int64))
+    held = np.repeat(told, np.diff(cuts, prepend=0, append=whole.n_rows * whole.length))
+    base = np.cumsum(counts) - counts
+    places = whole.places(np.arange(len(whole)))
+    own = (np.arange(len(whole)) - base[whole.row]).astype(kind)
+    for offset in range(whole.window):
+        held[places + offset] = own
+    return Lookup(nth=held, base=base, limit=limit)
 
 
-def centred(frame: Frame, windows: Array, peaks: Array) -> tuple[Array, Array]:
-    """Return row and start of a window centred on the peak of each given frame window, every such window once.
+def centred(frame: Frame, windows: Array, peaks: Array) -> Array:
+    """Return the flat place at which a window centred on the peak of each given frame window begins.
 
     ``peaks`` are flat places. The peak stands at position ``window // 2``, or nearer to an edge where its stretch
     ends. Centred windows may overlap one another.
     """
     start = peaks % frame.length - frame.window // 2
     start = np.clip(start, frame.first[windows], frame.last[windows] - frame.window)
-    places = np.unique(frame.row[windows] * frame.length + start)
-    return places // frame.length, places % frame.length
+    places: Array = frame.row[windows] * frame.length + start
+    return places
 
 
 def activations(places: Array, values: Array, base: Array, window: int) -> Array:
@@ -139,25 +183,30 @@ def activations(places: Array, values: Array, base: Array, window: int) -> Array
     Read from the firings themselves, not through the frame, so what is said of a window is checked independently.
     """
     low, high = np.searchsorted(places, base), np.searchsorted(places, base + window)
-    count = high - low
-    which = np.repeat(np.arange(len(base)), count)
-    firing = np.arange(len(which)) + np.repeat(low - (np.cumsum(count) - count), count)
+    which, place = spread(high - low)
+    firing = low[which] + place
     dense = np.zeros((len(base), window), dtype=np.float32)
     dense[which, places[firing] - base[which]] = values[firing]
     return dense
 
 
+def _before(rows: Rows, row: Array, first: Array, special: Sequence[int], most: int) -> Array:
+    """Return how many special tokens of the same document stand right before each stretch, at most ``most``."""
+    marks = np.isin(rows.tokens, np.array(special, np.int64))
+    count: Array = np.zeros(len(row), np.int64)
+    for back in range(1, most + 1):
+        at = first - back
+        held = (count == back - 1) & (at >= 0)
+        held &= marks[row, at] & ~rows.mask[row, at] & (rows.documents[row, at] == rows.documents[row, first])
+        if not held.any():
+            break
+        count += held
+    return count
+
+
 def _hash(seed: int, identities: Array, first: Array) -> Array:
-    """Return 64 well-mixed bits per stretch (splitmix64 over seed, row and first position)."""
-    mixed = np.full(len(identities), seed % 2**64, dtype=np.uint64)
+    """Return 64 well-mixed bits per stretch, from seed, row and first position."""
+    bits = np.full(len(identities), seed % 2**64, dtype=np.uint64)
     for part in (identities, first):
-        mixed = _mix(mixed ^ part.astype(np.uint64))
-    return mixed
-
-
-def _mix(bits: Array) -> Array:
-    mixed: Array = bits + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return mixed
+        bits = mixed(bits ^ part.astype(np.uint64))
+    return bits

@@ -9,17 +9,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
-from exegete.errors import ConfigError
-from exegete.examples.render import render_for_explainer
+from exegete.errors import ConfigError, InputError
+from exegete.examples.render import explained_texts
 from exegete.explainers.explainer import Explainer
 from exegete.llm.client import run_limited
 from exegete.llm.protocol import PROMPTS, explain_messages, with_strengths
 from exegete.prompts import prompt_hash
-from exegete.types import Example, Explanation, LLMReply, LLMRequest
+from exegete.types import Explanation, LLMReply, LLMRequest, Windows
 from exegete.views import LatentView, Need
 
 _MARKER = re.compile(r"[*_#`]*\[[*_ ]*EXPLANATION[*_ ]*\][*_`]*[ \t]*:?[*_`]*:?", re.IGNORECASE)
 KEPT_REPLY = 2000  # characters of an unparsed reply that are kept to look at
+_NOTHING = "no firing train window to show"
 
 
 @final
@@ -48,6 +49,11 @@ class DefaultExplainer(Explainer):
         """Examples and a language model."""
         return frozenset({"examples", "llm"})
 
+    @property
+    def prompt_hash(self) -> str:
+        """That of the explaining prompt."""
+        return prompt_hash(PROMPTS["explain"])
+
     def explain(self, views: Sequence[LatentView], *, concurrency: int = 16) -> Iterator[Explanation]:
         """Yield one explanation per view as replies arrive. Raises LLMError when the server cannot be used at all."""
         clients = {id(view.llm): view.require_llm() for view in views}
@@ -59,17 +65,34 @@ class DefaultExplainer(Explainer):
         for _, explanation in run_limited(views, self._one, concurrency, finish):
             yield explanation
 
+    def request(self, view: LatentView) -> LLMRequest:
+        """Return the request that asks for a view's explanation. Nothing is sent, and no language model needed.
+
+        Raises InputError when no train window fires.
+        """
+        shown = self._shown(view)
+        if not len(shown):
+            raise InputError(f"{view.latent}: {_NOTHING}")
+        return self._request(view, shown)
+
+    def _shown(self, view: LatentView) -> Windows:
+        return view.examples.part("train", fires=True)[: self._n_examples]
+
+    def _request(self, view: LatentView, shown: Windows) -> LLMRequest:
+        texts = explained_texts(shown.tokens, shown.activations, view.examples.maximum, view.tokens, self._threshold)
+        return LLMRequest(
+            messages=explain_messages([with_strengths(text, active) for text, active in texts]),
+            temperature=0.0 if view.llm is None else view.llm.temperature,
+            max_tokens=self._max_tokens,
+            stage="explain",
+        )
+
     async def _one(self, view: LatentView) -> Explanation:
         llm = view.require_llm()
-        shown = view.examples.part("train", fires=True)[: self._n_examples]
-        if not shown:
-            return self._explanation(view, (), None, "failed", {"reason": "no firing train window to show"})
-        texts = [
-            with_strengths(*render_for_explainer(e, view.examples.maximum, view.tokens, self._threshold)) for e in shown
-        ]
-        reply = await llm.reply(
-            LLMRequest(messages=explain_messages(texts), temperature=llm.temperature, max_tokens=self._max_tokens)
-        )
+        shown = self._shown(view)
+        if not len(shown):
+            return self._explanation(view, shown, None, "failed", {"reason": _NOTHING})
+        reply = await llm.reply(self._request(view, shown))
         detail = {
             "model": llm.name,
             "finish": reply.finish,
@@ -78,7 +101,7 @@ class DefaultExplainer(Explainer):
         }
         return self._read(view, shown, reply, detail)
 
-    def _read(self, view: LatentView, shown: Sequence[Example], reply: LLMReply, detail: dict[str, Any]) -> Explanation:
+    def _read(self, view: LatentView, shown: Windows, reply: LLMReply, detail: dict[str, Any]) -> Explanation:
         if reply.finish == "error":
             return self._explanation(view, shown, None, "failed", detail | {"reason": reply.error})
         if reply.finish == "refused":
@@ -90,7 +113,7 @@ class DefaultExplainer(Explainer):
         return self._explanation(view, shown, text, "ok", detail)
 
     def _explanation(
-        self, view: LatentView, shown: Sequence[Example], text: str | None, status: Any, detail: Mapping[str, Any]
+        self, view: LatentView, shown: Windows, text: str | None, status: Any, detail: Mapping[str, Any]
     ) -> Explanation:
         return Explanation(
             latent=view.latent,
@@ -98,7 +121,7 @@ class DefaultExplainer(Explainer):
             status=status,
             explainer=self.spec,
             prompt_hash=prompt_hash(PROMPTS["explain"]),
-            examples=tuple((e.row, e.start) for e in shown),
+            examples=tuple(zip(shown.row.tolist(), shown.start.tolist(), strict=True)),
             detail=detail,
         )
 

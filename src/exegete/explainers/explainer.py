@@ -20,6 +20,11 @@ class Explainer(ABC):
         """``{"name": …, "args": {…}}``, from which the registry re-creates this explainer."""
 
     @property
+    def prompt_hash(self) -> str:
+        """Identity of the prompt it puts to a language model, empty without one: explanations rest on it."""
+        return ""
+
+    @property
     @abstractmethod
     def needs(self) -> frozenset[Need]:
         """Which parts of a view it uses; what is missing is refused before work starts."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
+from exegete.errors import LLMError
+from exegete.llm.backend import Capabilities
 from exegete.types import LLMReply, LLMRequest
 
 T = TypeVar("T")
@@ -38,9 +40,28 @@ class LLMClient(ABC):
     async def check(self) -> None:
         """Ask the server whether it is there and knows the model. Raises LLMError or InputError when not."""
 
+    async def capabilities(self) -> Capabilities:
+        """Return what the model can do, so that what needs more is refused before anything is paid for."""
+        return Capabilities()
+
     @abstractmethod
     async def close(self) -> None:
-        """Give back connections."""
+        """Give back connections, at the end of the event loop they belong to; the next call opens new ones."""
+
+    def end(self) -> None:  # noqa: B027 - most hold nothing beyond their connections
+        """Close the files of a client that is not used again: kept replies and the ledger."""
+
+
+async def gather_all(calls: Iterable[Awaitable[R]]) -> list[R]:
+    """Return what all calls give, in order; the first exception is raised only when every call has ended.
+
+    Calls left behind by ``asyncio.gather`` would lose replies that were already paid for.
+    """
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
 
 
 async def gather_limited(
@@ -48,18 +69,32 @@ async def gather_limited(
 ) -> AsyncIterator[tuple[T, R]]:
     """Run ``work`` on every item with at most ``limit`` under way; yield ``(item, result)`` as each ends.
 
-    An exception of one cancels the others and is raised.
+    After the first LLMError no further item is begun. Those under way go on to their own end, since their calls may
+    have been paid for, and what they give is yielded before that error is raised. Any other exception, and a caller
+    that takes no more, cancels the rest.
     """
     gate = asyncio.Semaphore(limit)
+    failure: LLMError | None = None
 
-    async def one(item: T) -> tuple[T, R]:
+    async def one(item: T) -> tuple[T, R] | None:
+        nonlocal failure
         async with gate:
-            return item, await work(item)
+            if failure is not None:
+                return None
+            try:
+                return item, await work(item)
+            except LLMError as error:
+                failure = failure or error
+                return None
 
     tasks = [asyncio.ensure_future(one(item)) for item in items]
     try:
         for task in asyncio.as_completed(tasks):
-            yield await task
+            result = await task
+            if result is not None:
+                yield result
+        if failure is not None:
+            raise failure
     finally:
         for task in tasks:
             task.cancel()

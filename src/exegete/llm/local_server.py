@@ -6,14 +6,16 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 from typing import Any, final
 
-from exegete.errors import ExegeteError
+from exegete.errors import ExegeteError, InputError
 from exegete.llm.client import LLMClient
+from exegete.llm.openai_reading import parsed
 from exegete.types import LLMReply, LLMRequest
 
 _log = logging.getLogger(__name__)
@@ -31,7 +33,10 @@ class LocalServer:
 
 @contextmanager
 def serve(client: LLMClient, *, host: str = "127.0.0.1", port: int = 0) -> Iterator[LocalServer]:
-    """Serve a client at ``/v1/models`` and ``/v1/chat/completions`` until the block ends; port 0 takes a free one."""
+    """Serve a client until the block ends; port 0 takes a free one.
+
+    It answers at ``/v1/models``, ``/v1/chat/completions`` and ``/v1/completions``.
+    """
     server = _Server((host, port), _answers(client))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
@@ -61,29 +66,27 @@ def _answers(client: LLMClient) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if not self.path.endswith("/chat/completions"):
+            if not self.path.endswith("/completions"):
                 self._send(404, _error(f"no route {self.path}"))
                 return
-            try:
-                asked = json.loads(body)
-                request = LLMRequest(
-                    messages=tuple(asked["messages"]),
-                    temperature=asked.get("temperature", 1.0),
-                    max_tokens=asked.get("max_tokens", 500),
-                    seed=asked.get("seed"),
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                self._send(400, _error(f"not a chat completion request: {error}"))
+            asked = parsed(body)
+            if not asked:
+                self._send(400, _error("the body is no JSON object"))
                 return
             if asked.get("model") != client.name:
                 self._send(404, _error(f"the model {asked.get('model')!r} does not exist"))
+                return
+            try:
+                request = _request(asked, chat=self.path.endswith("/chat/completions"))
+            except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
+                self._send(400, _error(f"not a completion request: {error}"))
                 return
             try:
                 reply = asyncio.run(client.reply(request))
             except ExegeteError as error:
                 self._send(500, _error(str(error)))
                 return
-            self._send(*_completion(client.name, reply))
+            self._send(*_answer(client.name, request, reply))
 
         def log_message(self, format: str, *args: Any) -> None:
             _log.debug(format, *args)
@@ -103,18 +106,64 @@ def _error(message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "invalid_request_error"}}
 
 
-def _completion(model: str, reply: LLMReply) -> tuple[int, dict[str, Any]]:
+def _request(asked: Mapping[str, Any], *, chat: bool) -> LLMRequest:
+    common: dict[str, Any] = {
+        "temperature": asked.get("temperature", 1.0),
+        "max_tokens": asked.get("max_tokens", 500),
+        "seed": asked.get("seed"),
+        "stop": tuple(asked.get("stop") or ()),
+    }
+    if not chat:
+        alternatives, echo = asked.get("logprobs") or 0, bool(asked.get("echo"))
+        return LLMRequest(prompt=asked["prompt"], logprobs=alternatives, prompt_logprobs=echo, **common)
+    wanted = (asked.get("response_format") or {}).get("json_schema") or {}
+    alternatives = asked.get("top_logprobs") or 0 if asked.get("logprobs") else 0
+    return LLMRequest(messages=tuple(asked["messages"]), logprobs=alternatives, schema=wanted.get("schema"), **common)
+
+
+def _answer(model: str, request: LLMRequest, reply: LLMReply) -> tuple[int, dict[str, Any]]:
     if reply.finish == "error":
         return 500, _error(str(reply.error))
-    choice = {
-        "index": 0,
-        "finish_reason": _FINISH[reply.finish],
-        "message": {"role": "assistant", "content": reply.text},
+    choice: dict[str, Any] = {"index": 0, "finish_reason": _FINISH[reply.finish]}
+    if request.prompt is None:
+        choice |= {"message": {"role": "assistant", "content": reply.text}, "logprobs": _chat_logprobs(reply)}
+    else:
+        before = request.prompt if request.prompt_logprobs else ""
+        choice |= {"text": before + str(reply.text), "logprobs": _completion_logprobs(reply)}
+    kind = "chat.completion" if request.prompt is None else "text_completion"
+    answer: dict[str, Any] = {"id": "local", "object": kind, "model": model, "choices": [choice]}
+    if reply.prompt_tokens is not None and reply.completion_tokens is not None:
+        answer["usage"] = {
+            "prompt_tokens": reply.prompt_tokens,
+            "completion_tokens": reply.completion_tokens,
+            "total_tokens": reply.prompt_tokens + reply.completion_tokens,
+        }
+    return 200, answer
+
+
+def _chat_logprobs(reply: LLMReply) -> dict[str, Any] | None:
+    if reply.logprobs is None:
+        return None
+    return {
+        "content": [
+            {
+                "token": token.token,
+                "logprob": token.logprob,
+                "top_logprobs": [{"token": text, "logprob": value} for text, value in token.alternatives.items()],
+            }
+            for token in reply.logprobs
+        ]
     }
-    total = reply.prompt_tokens + reply.completion_tokens
-    usage = {
-        "prompt_tokens": reply.prompt_tokens,
-        "completion_tokens": reply.completion_tokens,
-        "total_tokens": total,
+
+
+def _completion_logprobs(reply: LLMReply) -> dict[str, Any] | None:
+    tokens = (*(reply.prompt_logprobs or ()), *(reply.logprobs or ()))
+    if not tokens:
+        return None
+    ends = accumulate(len(token.token) for token in tokens)
+    return {
+        "tokens": [token.token for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [dict(token.alternatives) or None for token in tokens],
+        "text_offset": [0, *ends][: len(tokens)],
     }
-    return 200, {"id": "local", "object": "chat.completion", "model": model, "choices": [choice], "usage": usage}

@@ -1,148 +1,67 @@
 """Any OpenAI-compatible server: OpenAI, OpenRouter, vLLM, llama.cpp, Ollama, transformers serve.
 
-Keys come from the environment and nowhere else, and are taken out of every text that leaves this module. A key is sent
-only to the service it belongs to: a server named by URL gets ``EXEGETE_API_KEY``, never ``OPENAI_API_KEY``.
+Keys are taken out of every text that leaves this module. The SDK's own retries are off: the ``Caller`` has them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, final
-from urllib.parse import urlsplit, urlunsplit
+import email.utils
+import math
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, final
 
-from exegete.errors import InputError, LLMError, unknown
-from exegete.llm.client import LLMClient
+from exegete.errors import LLMError, unknown
+from exegete.llm.backend import Backend, Capabilities, Send, TransientError
+from exegete.llm.openai_endpoint import Endpoint, without_keys
+from exegete.llm.openai_manners import Manners
+from exegete.llm.openai_probes import probe
+from exegete.llm.openai_reading import chat_reply, completion_reply, error_in, model_names, parsed
 from exegete.types import LLMReply, LLMRequest
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAIError
 
-    from exegete.config import LLMConfig
+CONNECT = 10.0
+"""Most seconds until a connection stands; after that the server is not there."""
+_FORMS = 12  # more than the ways in which one request can be put
+_AGAIN = frozenset({408, 409, 425, 429})  # and the 5xx
+_UNPAID = frozenset({409, 425, 429})  # refused before any work was done
+_BUSY = frozenset({408, 429, 503, 504, 529})
+_NEVER_AGAIN = frozenset({501, 505})
+_FILTERED = ("content_filter", "content_policy", "responsibleaipolicy", "invalid_prompt", "moderation")
+_TOO_LONG = (
+    "context_length", "context length", "context window", "context size", "exceed_context", "prompt is too long",
+    "too many tokens", "maximum number of tokens",
+)  # fmt: skip
 
-FORMS = "URL#MODEL (http://127.0.0.1:8000/v1#model), openai/MODEL, openrouter/ORG/MODEL, or none"
-MAX_RETRIES = 2
-_KEY_LIKE = re.compile(r"\b(sk|key|hf|gsk)[-_][\w-]{8,}")
-_VERSION = re.compile(r"v\d+\w*")
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
-    """Where a model is served: ``base_url`` with its version part, and the environment variable that holds the key."""
-
-    spec: str
-    base_url: str
-    model: str
-    key_variable: str
-    key_required: bool
-
-    def key(self) -> str:
-        """Return the key from the environment. Raises InputError when a service that needs one has none."""
-        value = os.environ.get(self.key_variable, "").strip()
-        if not value and self.key_required:
-            raise InputError(f"{self.spec} needs a key; set {self.key_variable} in the environment")
-        return value or "none"  # the SDK insists on some key; local servers ignore it
-
-
-def parse_spec(spec: str) -> Endpoint | None:
-    """Read the name of a language model; None for ``none``. Raises InputError on an unknown form."""
-    if spec == "none":
-        return None
-    if spec.startswith(("http://", "https://")):
-        return _url_endpoint(spec)
-    service, _, model = spec.partition("/")
-    if service == "openai" and model:
-        return Endpoint(spec=spec, base_url="https://api.openai.com/v1", model=model, key_variable="OPENAI_API_KEY",
-                        key_required=True)  # fmt: skip
-    if service == "openrouter" and model.partition("/")[2]:
-        return Endpoint(spec=spec, base_url="https://openrouter.ai/api/v1", model=model,
-                        key_variable="OPENROUTER_API_KEY", key_required=True)  # fmt: skip
-    raise InputError(f"unknown language model {spec!r}; write {FORMS}")
-
-
-def _url_endpoint(spec: str) -> Endpoint:
-    url, _, model = spec.partition("#")
-    if not model:
-        raise InputError(f"{url.split('@')[-1]} names a server but no model; write URL#MODEL")
-    parts = urlsplit(url)
-    if "@" in parts.netloc or parts.query:
-        # Specs are written into run folders and logs, so nothing secret may be part of one.
-        raise InputError("a server's URL holds no user, password or query; put a key into EXEGETE_API_KEY")
-    if not parts.hostname:
-        raise InputError(f"{spec!r} names no server; write {FORMS}")
-    path = parts.path.rstrip("/").removesuffix("/chat/completions")
-    if not any(_VERSION.fullmatch(piece) for piece in path.split("/")):
-        path += "/v1"
-    base = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
-    return Endpoint(spec=spec, base_url=base, model=model, key_variable="EXEGETE_API_KEY", key_required=False)
-
-
-def client_from_spec(spec: str, config: LLMConfig) -> OpenAIClient | None:
-    """Return the client of a language model named on the command line; None for ``none``.
-
-    Raises InputError on an unknown form or a missing key. Nothing is sent before ``check`` or ``reply``.
-    """
-    endpoint = parse_spec(spec)
-    if endpoint is None:
-        return None
-    return OpenAIClient(endpoint, timeout=config.timeout, temperature=config.temperature)
+Answer = tuple[int, Mapping[str, str], bytes]
 
 
 @final
-@dataclass(slots=True)
-class _Manners:
-    """What this server turned out not to understand; learnt from its refusals, kept for the client's life."""
+class OpenAIBackend(Backend):
+    """One model of one server, through the openai SDK.
 
-    dropped: set[str] = field(default_factory=set)
-    completion_limit: bool = False
-
-    def learn(self, status: int, body: str, sent: Mapping[str, Any]) -> bool:
-        """Return whether the same request can be put in another way."""
-        if status in (400, 422) and "max_tokens" in sent and "max_completion_tokens" in body:
-            self.completion_limit = True
-            return True
-        for name in ("response_format", "temperature", "seed", "top_logprobs"):
-            if status in (400, 422) and name in sent and name in body:
-                self.dropped.add(name)
-                return True
-        if status in (400, 422, 500) and "response_format" in sent:  # llama.cpp answers a schema with a bare 500
-            self.dropped.add("response_format")
-            return True
-        return False
-
-
-@final
-class OpenAIClient(LLMClient):
-    """One model of one server, through the chat completions of the openai SDK, which retries twice by itself.
-
-    Failures of a call are replies with ``finish="error"``; a refused key (401, 403), an empty account (402), an unknown
-    model or route (404) raises LLMError, since no further call can mend it.
+    An attempt takes at most ``timeout`` seconds in all; ``connections`` may be open at once. Too much at once, a
+    timeout, a broken connection, a 5xx or an unreadable answer raises TransientError. A text that the server's filter
+    refuses is a refused reply, one too long for the model an error reply; any other refusal (400, a key, an empty
+    account, an unknown model) raises LLMError.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        *,
-        timeout: float = 120.0,
-        temperature: float = 0.0,
-        max_retries: int = MAX_RETRIES,
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, *, timeout: float = 120.0, connections: int = 32) -> None:
         import openai  # slow to import, so not before a language model is asked for
 
         self._sdk = openai
         self._endpoint = endpoint
         self._key = endpoint.key()
-        self._timeout = timeout
-        self._temperature = temperature
-        self._max_retries = max_retries
-        self._manners = _Manners()
+        self._timeout, self._connections = timeout, connections
+        self._manners = Manners()
+        self._send: Send = self.send
+        self._seen: Capabilities | None = None
         self._client: AsyncOpenAI | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._response, self._limits = _http_types(connections)
 
     @property
     def name(self) -> str:
@@ -150,76 +69,93 @@ class OpenAIClient(LLMClient):
         return self._endpoint.spec
 
     @property
-    def temperature(self) -> float:
-        """Sampling temperature that explainer and judge ask for."""
-        return self._temperature
+    def endpoint(self) -> Endpoint:
+        """Where the model is served."""
+        return self._endpoint
 
     def __repr__(self) -> str:
-        return f"OpenAIClient({self.name!r})"
+        return f"OpenAIBackend({self.name!r})"
 
-    async def reply(self, request: LLMRequest) -> LLMReply:
-        """Send one request. Raises LLMError on a refused key or an unknown model."""
+    async def send(self, request: LLMRequest) -> LLMReply:
+        """Make one attempt, put in as many ways as the server needs to understand it."""
         client = self._connected()
-        for _ in range(5):  # one more than the ways in which a request can be put differently
-            arguments = self._arguments(request)
-            try:
-                raw = await client.chat.completions.with_raw_response.create(**arguments)
-                return _read(raw.text, self._clean)
-            except self._sdk.APIStatusError as error:
-                body = error.response.text
-                if error.status_code == 403 and "moderation" in body:  # OpenRouter: this text, not this key
-                    return LLMReply(text="", finish="refused")
-                if error.status_code in (401, 402, 403, 404):
-                    raise LLMError(self._refusal(error.status_code)) from None
-                if self._manners.learn(error.status_code, body, arguments):
-                    continue
-                return _failed(self._clean(f"HTTP {error.status_code}: {body}"))
-            except self._sdk.OpenAIError as error:
-                return _failed(self._unreached(error))
-        return _failed("the server refuses every form of the request")
+        route = "/chat/completions" if request.prompt is None else "/completions"
+        for _ in range(_FORMS):
+            body = self._manners.arguments(self._endpoint.model, request)
+            status, headers, content = await self._exchange(client, route, body)
+            if status < 400:
+                data = parsed(content)
+                wrong = error_in(data)
+                if wrong is None:
+                    reply = self._read(request, data, content)
+                    self._manners.answered(body)
+                    return reply
+                if wrong[0] is None:
+                    raise TransientError(self._clean(f"{self._endpoint.base_url} answers with an error: {wrong[1]}"))
+                status = wrong[0]
+            text = content.decode("utf-8", "replace")
+            reply_of_its_own = self._refused(status, text)
+            if reply_of_its_own is not None:
+                return reply_of_its_own
+            if not self._manners.learn(status, text, body):
+                raise self._failure(status, headers, text, route)
+        raise LLMError(f"{self._endpoint.base_url} refuses every form of the request")
 
     async def check(self) -> None:
-        """Ask the server for its models, or failing that for one token.
+        """Ask the server for its models, or failing that for one short answer.
 
         Raises LLMError when it cannot be reached or refuses the key, NotFoundError when it lacks the model.
         """
-        async with self._open() as client:
-            try:
-                raw = await client.models.with_raw_response.list()
-                known = _model_names(raw.text)
-            except self._sdk.APIStatusError as error:
-                if error.status_code in (401, 402, 403):
-                    raise LLMError(self._refusal(error.status_code)) from None
-                known = ()  # a server without this route may still complete chats
-            except self._sdk.OpenAIError as error:
-                raise LLMError(
-                    f"{self._unreached(error)}; start the server, or correct the URL in {self.name!r}"
-                ) from None
-        model = self._endpoint.model
-        if known and model not in known and f"{model}:latest" not in known:
-            raise unknown(f"model at {self._endpoint.base_url}", model, known)
-        if not known:
-            await self._probe()
+        try:
+            status, headers, content = await self._exchange(self._connected(), "/models", None)
+            if status in (401, 402, 403):
+                raise self._failure(status, headers, content.decode("utf-8", "replace"), "/models")
+            # A server without this route may still complete chats.
+            known = model_names(content) if status < 400 else ()
+            model = self._endpoint.model
+            if known and model not in known and f"{model}:latest" not in known:
+                raise unknown(f"model at {self._endpoint.base_url}", model, known)
+            if not known:
+                await self._ready()
+        except TransientError as error:
+            raise LLMError(f"{error.reason}; start the server, or correct the URL in {self.name!r}") from None
+        finally:
+            await self.close()
+
+    async def capabilities(self) -> Capabilities:
+        """Ask a few short questions whose answers show what the server does, whatever it says that it does."""
+        if self._seen is None:
+            self._seen = await probe(self._send, self._manners)
+        return self._seen
+
+    def probe_through(self, send: Send) -> None:
+        """Let the questions of ``check`` and ``capabilities`` be paid for."""
+        self._send = send
 
     async def close(self) -> None:
-        """Give back connections. The client opens new ones when it is used again."""
+        """Give back connections. The backend opens new ones when it is used again."""
         client, self._client = self._client, None
         if client is not None and self._loop is asyncio.get_running_loop():
             await client.close()
 
-    async def _probe(self) -> None:
-        request = LLMRequest(messages=({"role": "user", "content": "Answer with one word: ready"},), max_tokens=8)
-        try:
-            reply = await self.reply(request)
-        finally:
-            await self.close()
+    async def _ready(self) -> None:
+        request = LLMRequest(
+            messages=({"role": "user", "content": "Answer with one word: ready"},), max_tokens=8, stage="check"
+        )
+        reply = await self._send(request)
         if reply.finish == "error":
             raise LLMError(f"{self._endpoint.base_url} does not complete chats with {self._endpoint.model!r}: "
                            f"{reply.error}; is it an OpenAI-compatible server?")  # fmt: skip
 
     def _open(self) -> AsyncOpenAI:
+        # One clock runs over the whole attempt (``_exchange``), so that a server that drips bytes does not hold it.
+        timeout = self._sdk.Timeout(None, connect=min(CONNECT, self._timeout))
         client = self._sdk.AsyncOpenAI(
-            api_key=self._key, base_url=self._endpoint.base_url, timeout=self._timeout, max_retries=self._max_retries
+            api_key=self._key,
+            base_url=self._endpoint.base_url,
+            timeout=timeout,
+            max_retries=0,
+            http_client=self._sdk.DefaultAsyncHttpxClient(limits=self._limits, timeout=timeout),
         )
         if self._endpoint.key_variable != "OPENAI_API_KEY":
             client.organization = client.project = None  # the SDK takes these from the environment for every server
@@ -232,131 +168,105 @@ class OpenAIClient(LLMClient):
             self._client, self._loop = self._open(), loop
         return self._client
 
-    def _arguments(self, request: LLMRequest) -> dict[str, Any]:
-        limit = "max_completion_tokens" if self._manners.completion_limit else "max_tokens"
-        arguments: dict[str, Any] = {
-            "model": self._endpoint.model,
-            "messages": [dict(m) for m in request.messages],
-            "temperature": request.temperature,
-            limit: request.max_tokens,
-        }
-        if request.seed is not None:
-            arguments["seed"] = request.seed + request.sample_index
-        if request.schema is not None:
-            schema = {"name": "answer", "schema": dict(request.schema)}
-            arguments["response_format"] = {"type": "json_schema", "json_schema": schema}
-        if request.logprobs and "top_logprobs" not in self._manners.dropped:
-            arguments |= {"logprobs": True, "top_logprobs": request.logprobs}
-        return {k: v for k, v in arguments.items() if k not in self._manners.dropped}
+    async def _exchange(self, client: AsyncOpenAI, route: str, body: dict[str, Any] | None) -> Answer:
+        """Return what the server answered, whatever its status. Raises TransientError where there was no answer."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                # Not ``chat.completions.create``: it reads the arguments and the answer into models that we do not
+                # use, which costs more than all the rest, and refuses or changes what is not OpenAI's own.
+                if body is None:
+                    response = await client.get(route, cast_to=self._response)
+                else:
+                    response = await client.post(route, cast_to=self._response, body=body)
+                return int(response.status_code), response.headers, response.content
+        except self._sdk.APIStatusError as error:
+            return error.status_code, error.response.headers, error.response.content
+        except TimeoutError:
+            reason = f"{self._endpoint.base_url} did not answer within {self._timeout:g} s"
+            raise TransientError(reason, throttled=True) from None
+        except self._sdk.OpenAIError as error:
+            raise self._unreached(error) from None
+
+    def _read(self, request: LLMRequest, data: Mapping[str, Any], content: bytes) -> LLMReply:
+        # The body is shown only where it is no completion.
+        shown = "" if data.get("choices") else content.decode("utf-8", "replace")[:4096]
+        if request.prompt is None:
+            return chat_reply(data, shown, self._clean)
+        return completion_reply(data, shown, self._clean, request.prompt if request.prompt_logprobs else None)
+
+    def _refused(self, status: int, body: str) -> LLMReply | None:
+        """Return the reply where this text is at fault, not the way of asking: others may pass."""
+        if status not in (400, 403, 413, 422):
+            return None
+        said = body.lower()
+        if status != 413 and any(word in said for word in _FILTERED):
+            return LLMReply(text="", finish="refused", prompt_tokens=0, completion_tokens=0)
+        if status == 413 or (status != 403 and any(word in said for word in _TOO_LONG)):
+            reason = self._clean(f"the prompt is too long for {self._endpoint.model!r}: {body}")
+            return LLMReply(text=None, finish="error", error=reason, prompt_tokens=0, completion_tokens=0)
+        return None
+
+    def _failure(self, status: int, headers: Mapping[str, str], body: str, route: str) -> LLMError:
+        where, model = self._endpoint.base_url, self._endpoint.model
+        if status == 402 or (status == 429 and "insufficient_quota" in body):
+            return LLMError(f"{where} asks to be paid for {model!r} ({status}); add credit to the account")
+        if status in _AGAIN or (status >= 500 and status not in _NEVER_AGAIN):
+            return TransientError(
+                self._clean(f"{where}: HTTP {status}: {body}"),
+                status=status,
+                retry_after=_retry_after(headers),
+                throttled=status in _BUSY,
+                unpaid=status in _UNPAID,
+            )
+        if status == 404:
+            kind = "chat completions" if route == "/chat/completions" else "completions"
+            message = f"{where} has no {kind} for the model {model!r} (404); check URL and model"
+        elif status in (401, 403):
+            variable = self._endpoint.key_variable
+            message = f"{where} refuses the key for {model!r} ({status}); set {variable} to a valid one"
+        else:
+            message = self._clean(f"{where} refuses the request for {model!r}: HTTP {status}: {body}")
+        return LLMError(message)
 
     def _clean(self, text: str) -> str:
-        """Return a short single line without keys."""
-        if self._key != "none":
-            text = text.replace(self._key, "[key]")
-        return " ".join(_KEY_LIKE.sub("[key]", text).split())[:300]
+        return without_keys(text, self._key)
 
-    def _unreached(self, error: OpenAIError) -> str:
+    def _unreached(self, error: OpenAIError) -> TransientError:
+        cause = error.__cause__
+        # By name, since the SDK has changed its HTTP library.
+        absent = type(cause).__name__ in ("ConnectError", "ConnectTimeout")
+        where = self._endpoint.base_url
         if isinstance(error, self._sdk.APITimeoutError):
-            return f"{self._endpoint.base_url} did not answer within {self._timeout:g} s"
+            seconds = min(CONNECT, self._timeout)
+            return TransientError(f"{where} did not answer within {seconds:g} s", throttled=not absent, unpaid=absent)
         if isinstance(error, self._sdk.APIConnectionError):
-            return self._clean(f"{self._endpoint.base_url} cannot be reached ({error.__cause__ or error})")
-        return self._clean(f"{self._endpoint.base_url}: {error}")
-
-    def _refusal(self, status: int) -> str:
-        where, model = self._endpoint.base_url, self._endpoint.model
-        if status == 404:
-            return f"{where} has no chat completions for the model {model!r} (404); check URL and model"
-        if status == 402:
-            return f"{where} asks to be paid for {model!r} (402); add credit to the account"
-        return f"{where} refuses the key for {model!r} ({status}); set {self._endpoint.key_variable} to a valid one"
+            detail = str(cause or error) or type(cause).__name__
+            return TransientError(self._clean(f"{where} cannot be reached ({detail})"), unpaid=absent)
+        return TransientError(self._clean(f"{where}: {error}"))
 
 
-def _failed(error: str) -> LLMReply:
-    return LLMReply(text=None, finish="error", error=error)
-
-
-def _model_names(body: str) -> tuple[str, ...]:
-    data = _mapping(_parsed(body)).get("data")
-    return tuple(str(_mapping(m).get("id")) for m in data) if isinstance(data, list) else ()
-
-
-def _parsed(body: str) -> Any:
+def _http_types(connections: int) -> tuple[type[Any], Any]:
+    """Return the response type of the SDK's HTTP library, and its limits for so many connections kept open."""
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
+        import httpx2 as http
+    except ImportError:  # openai 2
+        import httpx as http  # type: ignore[no-redef]
+    return http.Response, http.Limits(max_connections=None, max_keepalive_connections=connections)
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _read(body: str, clean: Callable[[str], str]) -> LLMReply:
-    """Read the body of a chat completion without trusting it to be one."""
-    data = _mapping(_parsed(body))
-    choices = data.get("choices")
-    if not isinstance(choices, list) or not choices:
-        detail = _mapping(data.get("error")).get("message") or body or "an empty body"
-        return _failed(clean(f"the answer is no chat completion: {detail}"))
-    choice = _mapping(choices[0])
-    message = _mapping(choice.get("message"))
-    usage = _mapping(data.get("usage"))
-    content, refusal = _content(message.get("content")), message.get("refusal")
-    reason = choice.get("finish_reason")
-    finish: Literal["stop", "length", "refused"] = "length" if reason == "length" else "stop"
-    if reason == "content_filter" or (refusal and not content):
-        finish, content = "refused", content or str(refusal or "")
-    if content is None and finish == "stop":
-        return _failed("the answer has no text")
-    cost = usage.get("cost")
-    return LLMReply(
-        text=without_reasoning(_sound(content or "")),
-        finish=finish,
-        prompt_tokens=_count(usage.get("prompt_tokens")),
-        completion_tokens=_count(usage.get("completion_tokens")),
-        cost=float(cost) if isinstance(cost, int | float) else None,
-        logprobs=_logprobs(choice.get("logprobs")),
-    )
-
-
-def _content(value: Any) -> str | None:
-    if isinstance(value, list):  # some servers answer in parts
-        texts = [part["text"] for part in map(_mapping, value) if isinstance(part.get("text"), str)]
-        return "".join(texts)
-    return value if isinstance(value, str) else None
-
-
-def _sound(text: str) -> str:
-    """Return text that can be sent on: a lone half of a surrogate pair, which JSON can carry, cannot be encoded."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
-
-
-def _logprobs(value: Any) -> tuple[Mapping[str, float], ...] | None:
-    """Return the alternatives per token; None where the server, asked or not, gave none."""
-    tokens = _mapping(value).get("content")
-    if not isinstance(tokens, list) or not tokens:
-        return None
-    return tuple(_alternatives(_mapping(t).get("top_logprobs")) for t in tokens)
-
-
-def _alternatives(value: Any) -> dict[str, float]:
-    found = map(_mapping, value if isinstance(value, list) else [])
-    return {str(a.get("token")): float(a["logprob"]) for a in found if isinstance(a.get("logprob"), int | float)}
-
-
-def without_reasoning(text: str) -> str:
-    """Return a reply without the reasoning that some models write before it, between ``<think>`` and ``</think>``.
-
-    Some chat templates open the tag themselves, so that the reply holds only the closing one. Reasoning that was cut
-    off before it ended leaves nothing. Tags later in the text are part of the answer.
-    """
-    for tag in ("think", "thinking"):
-        opening, closing = f"<{tag}>", f"</{tag}>"
-        head, closed, answer = text.partition(closing)
-        if head.lstrip().startswith(opening) or (closed and opening not in head):
-            return answer.strip()
-    return text.strip()
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that the server asked to wait."""
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        value = headers.get(name)
+        if value is None:
+            continue
+        try:
+            seconds = float(value) * unit
+        except ValueError:
+            try:
+                seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+            except (TypeError, ValueError):
+                continue
+        if math.isfinite(seconds):
+            return max(0.0, seconds)
+    return None

@@ -10,7 +10,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from functools import cache
+from typing import Any, Literal, final
 
 from exegete.errors import InputError
 from exegete.examples.render import parse_marked
@@ -18,7 +19,8 @@ from exegete.prompts import messages, turns
 
 Kind = Literal["detection", "fuzzing"]
 STRENGTHS = "\nActivations: "
-PROMPTS: Mapping[str, str] = {"explain": "explain-1", "detection": "detection-1", "fuzzing": "fuzzing-1"}
+PROMPTS: Mapping[str, str] = {"explain": "explain-1", "detection": "detection-2", "fuzzing": "fuzzing-2"}
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @final
@@ -45,20 +47,36 @@ def write_excerpts(texts: Sequence[str]) -> str:
     return "\n".join(f"<example {i}>\n{text}\n</example {i}>" for i, text in enumerate(texts, start=1))
 
 
-def judge_messages(kind: Kind, explanation: str, texts: Sequence[str]) -> tuple[dict[str, str], ...]:
+def judge_messages(kind: Kind, explanation: str, texts: Sequence[str]) -> tuple[Mapping[str, str], ...]:
     """Return the chat messages that ask whether an explanation fits each text."""
-    return messages(PROMPTS[kind], {"explanation": explanation, "examples": write_excerpts(texts)})
+    return judge_messages_of(kind, explanation, write_excerpts(texts))
 
 
-def explain_messages(texts: Sequence[str]) -> tuple[dict[str, str], ...]:
+def judge_messages_of(kind: Kind, explanation: str, excerpts: str) -> tuple[Mapping[str, str], ...]:
+    """Return ``judge_messages`` of excerpts written before: several explanations are asked about the same ones."""
+    return messages(PROMPTS[kind], {"explanation": explanation, "examples": excerpts})
+
+
+@cache
+def verdicts_schema(n: int) -> Mapping[str, Any]:
+    """Return the JSON schema of an answer about ``n`` excerpts. The same object every time, and not to be changed."""
+    verdicts = {"type": "array", "items": {"type": "integer", "enum": [0, 1]}, "minItems": n, "maxItems": n}
+    return {
+        "type": "object",
+        "properties": {"verdicts": verdicts},
+        "required": ["verdicts"],
+        "additionalProperties": False,
+    }
+
+
+def explain_messages(texts: Sequence[str]) -> tuple[Mapping[str, str], ...]:
     """Return the chat messages that ask for an explanation of marked texts, each ``with_strengths``."""
     return messages(PROMPTS["explain"], {"examples": write_excerpts(texts)})
 
 
 def with_strengths(text: str, active: Sequence[tuple[str, int]]) -> str:
     """Return a marked text and the line of its active tokens with their strengths 0–10."""
-    listed = ", ".join(f"({json.dumps(token, ensure_ascii=False)} : {strength})" for token, strength in active)
-    return f"{text}{STRENGTHS}{listed}"
+    return text + STRENGTHS + ", ".join([f"({_quoted(token)} : {strength})" for token, strength in active])
 
 
 def read_question(asked: Sequence[Mapping[str, str]]) -> Question:

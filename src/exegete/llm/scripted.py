@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from exegete.errors import InputError, LLMError
+from exegete.llm.backend import Capabilities
 from exegete.llm.client import LLMClient
 from exegete.llm.protocol import Shown, read_question
 from exegete.streams import stream
@@ -41,13 +42,17 @@ class _Fake(LLMClient, ABC):
         """The name that stands in a run instead of a model."""
         return self._name
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, capabilities: Capabilities = Capabilities()) -> None:  # noqa: B008 - frozen
+        self._name, self._capabilities = name, capabilities
         self.requests: list[LLMRequest] = []
         """Every request so far, in order of arrival."""
 
     async def check(self) -> None:
         """A fake is always there."""
+
+    async def capabilities(self) -> Capabilities:
+        """Return what the fake was said to do."""
+        return self._capabilities
 
     async def close(self) -> None:
         """A fake holds no connections."""
@@ -57,7 +62,8 @@ class _Fake(LLMClient, ABC):
 class ScriptedClient(_Fake):
     """Answers with what it was given: replies in order, or a function of the request.
 
-    A text becomes a reply that stopped by itself; an exception is raised. Raises LLMError when the script has run out.
+    A text becomes a reply that stopped by itself; an exception is raised. ``capabilities`` is what it says it can do.
+    Raises LLMError when the script has run out.
     """
 
     def __init__(
@@ -65,8 +71,9 @@ class ScriptedClient(_Fake):
         replies: Sequence[str | LLMReply | Exception] | Callable[[LLMRequest], str | LLMReply],
         *,
         name: str = "scripted",
+        capabilities: Capabilities = Capabilities(),  # noqa: B008 - frozen
     ) -> None:
-        super().__init__(name)
+        super().__init__(name, capabilities)
         self._replies = replies
 
     async def reply(self, request: LLMRequest) -> LLMReply:

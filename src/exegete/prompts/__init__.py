@@ -50,12 +50,23 @@ def turns(name: str) -> tuple[tuple[str, str], ...]:
     return pairs
 
 
-def messages(name: str, holes: Mapping[str, str]) -> tuple[dict[str, str], ...]:
+def messages(name: str, holes: Mapping[str, str]) -> tuple[Mapping[str, str], ...]:
     """Return the chat messages of a prompt, with the holes of its last message filled in one pass.
 
-    One pass, so that braces in a filled-in text are never taken for another hole. Raises KeyError on a hole that is
-    not given.
+    One pass, so that braces in a filled-in text are never taken for another hole. All messages but the last are the
+    same objects every time, and not to be changed. Raises KeyError on a hole that is not given.
     """
-    *shots, (role, text) = turns(name)
-    filled = _HOLE.sub(lambda hole: holes[hole.group(1)], text)
-    return tuple({"role": r, "content": t} for r, t in [*shots, (role, filled)])
+    shots, pieces, places = _split(name)
+    filled = list(pieces)
+    for place, hole in places:
+        filled[place] = holes[hole]
+    return (*shots, {"role": "user", "content": "".join(filled)})
+
+
+@cache
+def _split(name: str) -> tuple[tuple[Mapping[str, str], ...], tuple[str, ...], tuple[tuple[int, str], ...]]:
+    """Return the constant messages of a prompt, the pieces of its last, and which of these are holes to fill."""
+    *shots, (_, last) = turns(name)
+    pieces = tuple(_HOLE.split(last))
+    constant = tuple({"role": role, "content": text} for role, text in shots)
+    return constant, pieces, tuple(enumerate(pieces))[1::2]

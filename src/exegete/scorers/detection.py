@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import final
 
 from exegete.llm.protocol import Kind
-from exegete.scorers.judge import Item
+from exegete.scorers.judge import Items
 from exegete.scorers.judged import JudgedScorer
-from exegete.types import Example
+from exegete.types import Windows
 from exegete.views import LatentView
 
 
@@ -21,6 +20,6 @@ class DetectionScorer(JudgedScorer):
         """``detection``."""
         return "detection"
 
-    def items(self, view: LatentView, examples: Sequence[Example]) -> list[Item]:
+    def items(self, view: LatentView, examples: Windows) -> Items:
         """Return the windows as they are."""
-        return [Item(tokens=example.tokens) for example in examples]
+        return Items(tokens=examples.tokens)

@@ -7,28 +7,30 @@ window's start, as a language model reading the same excerpt would have to.
 from __future__ import annotations
 
 import asyncio
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import final, overload
 
 import numpy as np
 
 from exegete.errors import InputError
-from exegete.examples.render import render_marked, render_plain
+from exegete.examples.render import marked_texts, plain_texts
 from exegete.llm.client import LLMClient
-from exegete.llm.protocol import Kind, judge_messages
+from exegete.llm.protocol import Kind, judge_messages_of, verdicts_schema, write_excerpts
 from exegete.rules.execute import execute
 from exegete.rules.language import Rule
+from exegete.scorers.verdicts import Leaning, parse_verdicts, read_leanings
 from exegete.tokens import TokenTable
 from exegete.types import Array, Explanation, JudgementStatus, LLMReply, LLMRequest
 
-_LIST = re.compile(r"\[([^\[\]]*)\]")
-_WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+ALTERNATIVES = 20
+"""Alternatives asked for per token when probabilities are wanted: the most that common servers give."""
+MAX_TOKENS = 500
+"""Tokens that a judge's reply may take."""
 _REPAIR = (
-    "That is not a list of {n} verdicts. Answer again with one JSON list of exactly {n} numbers, 0 or 1, one for each "
-    "excerpt in order, and nothing else."
+    "That does not answer for every excerpt. Answer again with one JSON object and nothing else: "
+    '{{"verdicts": [...]}}, a list of exactly {n} numbers, 0 or 1, one for each excerpt in order.'
 )
 
 
@@ -42,12 +44,59 @@ class Item:
 
 
 @final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Items(Sequence[Item]):
+    """Windows of one length to be judged: ``tokens`` [n, window] uint32 and, for fuzzing, ``marks`` [n, window] bool.
+
+    Raises InputError when the two differ in shape.
+    """
+
+    tokens: Array
+    marks: Array | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or (self.marks is not None and self.marks.shape != self.tokens.shape):
+            raise InputError("windows to be judged are tokens [n, window], and marks of the same shape")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @overload
+    def __getitem__(self, at: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Items: ...
+
+    def __getitem__(self, at: int | slice) -> Item | Items:
+        if isinstance(at, slice):
+            return self.take(at)
+        return Item(tokens=self.tokens[at], marks=None if self.marks is None else self.marks[at])
+
+    def take(self, which: Array | slice) -> Items:
+        """Return the items at these places, in this order."""
+        return Items(tokens=self.tokens[which], marks=None if self.marks is None else self.marks[which])
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The items of one request as they stand in it, and how many they are."""
+
+    excerpts: str
+    n: int
+
+
+@final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the judge said of one item; ``prediction`` is None unless ``status`` is ``ok``."""
+    """What the judge said of one item; ``prediction`` is None unless ``status`` is ``ok``.
+
+    ``probability`` is P(yes) among yes and no, ``outside`` the mass on neither; None where the judge gave none.
+    """
 
     prediction: bool | None
     probability: float | None = None
+    outside: float | None = None
     status: JudgementStatus = "ok"
 
 
@@ -69,54 +118,124 @@ class Judge(ABC):
 
 @final
 class LLMJudge(Judge):
-    """A language model that answers a few items per request with a JSON list of 0 and 1.
+    """A language model that answers a few items per request with 0 and 1 for each.
 
-    A reply that is no list of the right length for the batch *sent* (the last one may be short) is asked for once more
-    with a clarifying message; after that the whole batch is ``unparsed``. Nothing is shared between requests. At most
-    ``limit`` are under way at once.
+    A reply that does not answer for the batch *sent* (the last one may be short) is asked for once more with a
+    clarifying message; after that the whole batch is ``unparsed``. Nothing that changes is shared between requests. At
+    most as many are under way at once as ``gate`` lets through. With ``probabilities`` each verdict has its P(yes),
+    where the server gives log probabilities.
     """
 
     def __init__(
-        self, llm: LLMClient, kind: Kind, table: TokenTable, *, per_request: int = 5, gate: asyncio.Semaphore
+        self,
+        llm: LLMClient,
+        kind: Kind,
+        table: TokenTable,
+        *,
+        per_request: int = 5,
+        gate: asyncio.Semaphore,
+        probabilities: bool = False,
+        max_tokens: int = MAX_TOKENS,
     ) -> None:
         if per_request < 1:
             raise InputError(f"a request holds at least one example, got {per_request}")
         self._llm, self._kind, self._table = llm, kind, table
-        self._per_request, self._gate = per_request, gate
+        self._per_request, self._gate, self._probabilities = per_request, gate, probabilities
+        self._max_tokens = max_tokens
 
     def takes(self, explanation: Explanation) -> bool:
         """Any explanation with a text."""
         return explanation.text is not None
 
+    def requests(self, explanation: Explanation, items: Sequence[Item]) -> list[LLMRequest]:
+        """Return the requests that ``verdicts`` begins with; nothing is sent."""
+        batches = write_batches(items, self._table, self._per_request)
+        return [self._request(explanation, batch) for batch in batches]
+
     async def verdicts(self, explanation: Explanation, items: Sequence[Item]) -> list[Verdict]:
         """Judge items a few at a time. Raises LLMError when the server cannot be used at all."""
-        batches = [items[at : at + self._per_request] for at in range(0, len(items), self._per_request)]
-        answers = await asyncio.gather(*(self._batch(str(explanation.text), batch) for batch in batches))
-        return [verdict for answer in answers for verdict in answer]
+        return (await self.panel([explanation], items))[0]
 
-    async def _batch(self, explanation: str, items: Sequence[Item]) -> list[Verdict]:
-        asked = judge_messages(self._kind, explanation, [self._render(item) for item in items])
-        reply = await self._ask(asked)
-        found = None if reply.text is None else parse_verdicts(reply.text, len(items))
+    async def panel(self, explanations: Sequence[Explanation], items: Sequence[Item]) -> list[list[Verdict]]:
+        """Judge the same items, written once, by several explanations."""
+        batches = write_batches(items, self._table, self._per_request)
+
+        async def one(explanation: Explanation) -> list[Verdict]:
+            asked = [self._batch(self._request(explanation, batch), batch.n) for batch in batches]
+            return [verdict for answer in await asyncio.gather(*asked) for verdict in answer]
+
+        return list(await asyncio.gather(*map(one, explanations)))
+
+    def _request(self, explanation: Explanation, batch: Batch) -> LLMRequest:
+        return judge_request(
+            self._kind,
+            str(explanation.text),
+            batch,
+            temperature=self._llm.temperature,
+            probabilities=self._probabilities,
+            max_tokens=self._max_tokens,
+        )
+
+    async def _batch(self, request: LLMRequest, n: int) -> list[Verdict]:
+        reply = await self._ask(request)
+        found = None if reply.text is None else parse_verdicts(reply.text, n)
         if found is None and reply.finish in ("stop", "length"):
-            repair = _REPAIR.format(n=len(items))
             said = reply.text or "(no answer)"  # several chat templates refuse an empty message
-            reply = await self._ask(
-                (*asked, {"role": "assistant", "content": said}, {"role": "user", "content": repair})
+            repair: tuple[Mapping[str, str], ...] = (
+                {"role": "assistant", "content": said},
+                {"role": "user", "content": _REPAIR.format(n=n)},
             )
-            found = None if reply.text is None else parse_verdicts(reply.text, len(items))
+            reply = await self._ask(replace(request, messages=(*request.messages, *repair)))
+            found = None if reply.text is None else parse_verdicts(reply.text, n)
         status = _status(reply, found)
-        answers = found if found is not None and status == "ok" else [None] * len(items)
-        return [Verdict(prediction=answer, status=status) for answer in answers]
+        if found is None or status != "ok":
+            return [Verdict(prediction=None, status=status)] * n
+        leanings = read_leanings(reply.logprobs, found) if self._probabilities else [None] * n
+        return [_verdict(answer, leaning) for answer, leaning in zip(found, leanings, strict=True)]
 
-    async def _ask(self, messages: tuple[dict[str, str], ...]) -> LLMReply:
+    async def _ask(self, request: LLMRequest) -> LLMReply:
         async with self._gate:
-            return await self._llm.reply(LLMRequest(messages=messages, temperature=self._llm.temperature))
+            return await self._llm.reply(request)
 
-    def _render(self, item: Item) -> str:
-        if item.marks is None:
-            return render_plain(item.tokens, self._table)
-        return render_marked(item.tokens, item.marks, self._table)
+
+def write_batches(items: Sequence[Item], table: TokenTable, per_request: int) -> list[Batch]:
+    """Return items as they stand in requests of ``per_request`` each, in order; the last may be short."""
+    texts = [""] * len(items)
+    for at, group in _columns(items):
+        if group.marks is None:
+            written = plain_texts(group.tokens, table)
+        else:
+            written = marked_texts(group.tokens, group.marks, table)
+        for i, text in zip(at, written, strict=True):
+            texts[i] = text
+    parts = [texts[at : at + per_request] for at in range(0, len(texts), per_request)]
+    return [Batch(excerpts=write_excerpts(part), n=len(part)) for part in parts]
+
+
+def judge_request(
+    kind: Kind,
+    explanation: str,
+    batch: Batch,
+    *,
+    temperature: float,
+    probabilities: bool = False,
+    max_tokens: int = MAX_TOKENS,
+) -> LLMRequest:
+    """Return the request that asks whether an explanation fits each item of a batch."""
+    return LLMRequest(
+        messages=judge_messages_of(kind, explanation, batch.excerpts),
+        temperature=temperature,
+        max_tokens=max_tokens,
+        schema=verdicts_schema(batch.n),
+        logprobs=ALTERNATIVES if probabilities else 0,
+        stage=kind,
+    )
+
+
+def _verdict(answer: bool, leaning: Leaning | None) -> Verdict:
+    if leaning is None:
+        return Verdict(prediction=answer)
+    return Verdict(prediction=answer, probability=leaning.yes, outside=leaning.outside)
 
 
 def _status(reply: LLMReply, found: Sequence[bool] | None) -> JudgementStatus:
@@ -125,19 +244,6 @@ def _status(reply: LLMReply, found: Sequence[bool] | None) -> JudgementStatus:
     if reply.finish == "refused":
         return "refused"
     return "unparsed" if found is None else "ok"
-
-
-def parse_verdicts(text: str, n: int) -> list[bool] | None:
-    """Return the verdicts of a reply to ``n`` items; None when it holds no list of exactly ``n``.
-
-    The last such list counts, since a model may think aloud before it answers. Items are 0 and 1, true and false, yes
-    and no, quoted or not: the *text* "0" is a no, although Python takes it for true.
-    """
-    for body in reversed(_LIST.findall(text)):
-        words = [word.strip().strip("\"'").strip().lower() for word in body.rstrip(", \n").split(",")]
-        if len(words) == n and all(word in _WORDS for word in words):
-            return [_WORDS[word] for word in words]
-    return None
 
 
 @final
@@ -150,8 +256,6 @@ class RuleJudge(Judge):
 
     def __init__(self, kind: Kind, table: TokenTable) -> None:
         self._kind, self._table = kind, table
-        self._special = np.zeros(len(table), dtype=bool)
-        self._special[sorted(table.special)] = True
 
     def takes(self, explanation: Explanation) -> bool:
         """Explanations that carry a program."""
@@ -167,27 +271,34 @@ class RuleJudge(Judge):
             return [[] for _ in explanations]
         rules = [Rule.from_json(e.program) for e in explanations]
         fits = np.zeros((len(rules), len(items)), dtype=bool)
-        for chosen in _by_length(items):
-            tokens = np.stack([items[i].tokens for i in chosen])
-            shown = ~self._special[tokens]  # nothing fires at special tokens, and no reader sees them
-            matches = execute(rules, tokens, self._table, shown) > 0
+        for at, group in _columns(items):
+            shown = ~self._table.is_special[group.tokens]  # nothing fires at special tokens, and no reader sees them
+            matches = execute(rules, group.tokens, self._table, shown) > 0
             if self._kind == "detection":
-                fits[:, chosen] = matches.any(axis=2)
+                fits[:, at] = matches.any(axis=2)
             else:
-                marks = np.stack([_marks(items[i]) for i in chosen]) & shown
-                fits[:, chosen] = (matches | ~marks).all(axis=2) & marks.any(axis=1)
+                marks = _marks(group) & shown
+                fits[:, at] = (matches | ~marks).all(axis=2) & marks.any(axis=1)
         yes, no = Verdict(prediction=True), Verdict(prediction=False)
         return [[yes if fit else no for fit in row] for row in fits.tolist()]
 
 
-def _marks(item: Item) -> Array:
-    if item.marks is None:
+def _marks(items: Items) -> Array:
+    if items.marks is None:
         raise InputError("fuzzing asks about marked windows; this item has no marks")
-    return item.marks
+    return items.marks
 
 
-def _by_length(items: Sequence[Item]) -> list[list[int]]:
-    groups: dict[int, list[int]] = {}
+def _columns(items: Sequence[Item]) -> list[tuple[Sequence[int], Items]]:
+    """Return items as columns, with their places: windows of one length together, marked ones apart."""
+    if isinstance(items, Items):
+        return [(range(len(items)), items)]
+    groups: dict[tuple[int, bool], list[int]] = {}
     for i, item in enumerate(items):
-        groups.setdefault(len(item.tokens), []).append(i)
-    return list(groups.values())
+        groups.setdefault((len(item.tokens), item.marks is not None), []).append(i)
+    found: list[tuple[Sequence[int], Items]] = []
+    for (_, marked), at in groups.items():
+        marks = [items[i].marks for i in at]
+        stacked = np.stack([m for m in marks if m is not None]) if marked else None
+        found.append((at, Items(tokens=np.stack([items[i].tokens for i in at]), marks=stacked)))
+    return found

@@ -31,9 +31,18 @@ class Scorer(ABC):
         """``{"name": …, "args": {…}}``, from which the registry re-creates this scorer."""
 
     @property
+    def prompt_hash(self) -> str:
+        """Identity of the prompt it puts to a language model, empty without one: scores rest on it."""
+        return ""
+
+    @property
     @abstractmethod
     def needs(self) -> frozenset[Need]:
         """Which parts of a view it uses; what is missing is refused before work starts."""
+
+    def asks(self, view: LatentView) -> bool:
+        """Whether scoring an explanation of this view would send requests to its language model."""
+        return view.llm is not None and "llm" in self.needs
 
     @abstractmethod
     def score(self, items: Sequence[tuple[Explanation, LatentView]], *, concurrency: int = 16) -> Iterator[Scoring]:

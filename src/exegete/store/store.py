@@ -318,7 +318,7 @@ def _hashed(results: Iterable[Read], streams: Sequence[hashlib._Hash]) -> Iterat
     """Pass on what was read, and hash its positions and codes."""
     for result in results:
         for stream, array, kind in zip(streams, result[2:], ("<i8", "<u2"), strict=True):
-            stream.update(np.ascontiguousarray(array, kind))
+            stream.update(np.ascontiguousarray(array, kind).data)
         yield result
 
 

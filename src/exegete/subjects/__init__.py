@@ -9,18 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exegete.subjects.load import load_subject
+    from exegete.subjects.load import load_subject, load_tokenizer
     from exegete.subjects.names import Point, expand
     from exegete.subjects.randomise import randomised
     from exegete.subjects.subject import Subject
 
-__all__ = ["Point", "Subject", "expand", "load_subject", "randomised"]
+__all__ = ["Point", "Subject", "expand", "load_subject", "load_tokenizer", "randomised"]
 
 _HOMES = {
     "Point": "names",
     "Subject": "subject",
     "expand": "names",
     "load_subject": "load",
+    "load_tokenizer": "load",
     "randomised": "randomise",
 }
 

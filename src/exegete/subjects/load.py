@@ -75,6 +75,18 @@ def load_subject(
     return Subject(model, tokenizer, name=spec, folder=folder, content=content, backend=backend)
 
 
+def load_tokenizer(spec: str) -> Any:
+    """Load the tokenizer of a folder or hub id and nothing else. Raises InputError when it has none."""
+    import transformers
+
+    where = str(Path(spec).expanduser()) if looks_like_path(spec) else spec
+    try:
+        with _quiet():
+            return transformers.AutoTokenizer.from_pretrained(where)
+    except (OSError, ConnectionError, *_REFUSED) as error:
+        raise InputError(f"{spec!r} has no tokenizer that can be loaded ({_line(error, 120)})") from error
+
+
 def looks_like_path(spec: str) -> bool:
     """Tell whether a name that does not exist here can only be meant as a path, not as ORG/NAME on the hub."""
     first = Path(spec).parts[0] if spec else ""

@@ -1,0 +1,101 @@
+"""What a stage's output rests on: the keys of stages, and the refusal of a change under existing output.
+
+The key of a stage hashes its own options and the keys below it, so that a new scorer leaves the store alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, final
+
+from exegete.config import RunConfig
+from exegete.errors import MismatchError
+from exegete.explainers.explainer import explainers
+from exegete.files import hash_json, read_json
+from exegete.runs import Run
+from exegete.scorers.scorer import scorers
+
+if TYPE_CHECKING:
+    from exegete.llm.client import LLMClient
+    from exegete.preparing import Prepared
+
+_COLLECTING = ("dtype", "coder_dtype", "compile", "batch_tokens", "sink_norm")
+
+
+@final
+class Keys:
+    """The specs of the stages of one run under one configuration; a stage's key is the hash of its spec."""
+
+    def __init__(self, run: Run, config: RunConfig) -> None:
+        self._run, self._config = run, config
+
+    def select(self, coder: str) -> str:
+        """Identity of a coder's examples."""
+        return hash_json(
+            {
+                "store": self._run.store(coder).manifest.key,
+                "examples": self._config.to_dict()["examples"],
+                "seed": self._config.seed,
+            }
+        )
+
+    def explain(self, coder: str, llm: LLMClient | None, explainer: str | None = None) -> dict[str, Any]:
+        """What a coder's explanations rest on; ``explainer`` is by default that of the configuration."""
+        made = explainers.from_text(explainer or self._config.explainer)
+        asked = llm if "llm" in made.needs else None
+        return {
+            "coder": coder,
+            "select": self.select(coder),
+            "explainer": dict(made.spec),
+            "llm": asked.name if asked else "none",
+            "temperature": asked.temperature if asked else None,
+            "prompt": made.prompt_hash,
+        }
+
+    def score(self, coder: str, scorer: str, llm: LLMClient | None) -> dict[str, Any]:
+        """What the scores of a coder's explanations rest on."""
+        made = scorers.from_text(scorer)
+        return {
+            "explain": hash_json(self.explain(coder, llm)),
+            "scorer": dict(made.spec),
+            "prompt": made.prompt_hash if llm else "",
+            "judge": llm.name if llm else "rule",
+            "donors": self._config.donors,
+        }
+
+
+def settings_under(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that existing output rests on."""
+    data = config.to_dict()
+    under = {name: data[name] for name in ("subject", "coder", "hookpoints", "seed", "corpus", "collect", "examples")}
+    under["collect"] = {name: value for name, value in under["collect"].items() if name in _COLLECTING}
+    return under
+
+
+def refuse_changes(run: Run, config: RunConfig, prepared: Prepared | None = None) -> None:
+    """Refuse a change of settings, subject or coders under existing output: MismatchError with the difference."""
+    path = run.folder / "manifest.json"
+    if not path.is_file() or not run.coders():  # nothing rests on the settings yet
+        return
+    before = read_json(path)
+    changed = list(_differences(before.get("settings", {}), settings_under(config)))
+    if prepared is not None and not changed:
+        hashes = {name: coder.hash for name, coder in prepared.coders.items()}
+        known = {name: old for name, old in before.get("coders", {}).items() if name in hashes}
+        now = {"subject": prepared.subject.hash, **{f"coder {name}": hashes[name] for name in known}}
+        then = {"subject": before.get("subject", {}).get("hash"), **{f"coder {n}": old for n, old in known.items()}}
+        changed = list(_differences(then, now))
+    if changed:
+        raise MismatchError(
+            f"{run.folder} was made with other settings ({'; '.join(changed)}); "
+            "use another folder, or the settings it was made with"
+        )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterable[str]:
+    for name in sorted({*before, *now}):
+        a, b = before.get(name), now.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from _differences(a, b, f"{where}{name}.")
+        elif a != b:
+            yield f"{where}{name}: {a!r} → {b!r}"

@@ -1,0 +1,294 @@
+"""Plans: what a run still costs where its firings are collected, and an estimate before that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from exegete.config import RunConfig
+from exegete.explainers.explainer import Explainer, explainers
+from exegete.files import hash_json
+from exegete.keys import Keys
+from exegete.planning import (
+    BYTES_PER_TOKEN,
+    EXPLANATION_TOKENS,
+    Asked,
+    CountingClient,
+    CountPrompt,
+    CountTokens,
+    Plan,
+    StagePlan,
+    count_bytes,
+    count_parts,
+    sample,
+)
+from exegete.runs import Run, drawn
+from exegete.scorers.scorer import Scorer, scorers
+from exegete.tokens import TokenTable
+from exegete.types import Example, ExampleSet, Explanation, LatentId, LLMRequest, Split
+from exegete.views import Donor, LatentView
+
+if TYPE_CHECKING:
+    from exegete.results import Results
+
+_FIRING_BYTES = 4  # of a stored firing, see docs/stores.md
+_WORD = "abcdefghijklmnopqrstuvwxyz"
+
+
+def plan(config: RunConfig, run: Run | None = None) -> Plan:
+    """Return what a run will ask of its language model, and what collecting will take where it is not done.
+
+    With a collected ``run`` the requests of a sample of its own latents are counted; else those of made-up windows of
+    the configured size, for as many latents as are asked for. Raises InputError when the language model's name or its
+    prices are not understood; nothing is sent.
+    """
+    from exegete.llm.prices import load_prices
+
+    spec = config.llm.llm
+    price = None if spec == "none" else load_prices(config.llm.prices).price_of(spec)
+    count, count_prompt, exact = _counter(config)
+    length, remark = _explanation_tokens(run, count)
+    client = CountingClient(spec, config.llm.temperature, count, count_prompt, length)
+    remarks = [remark]
+    if not exact:
+        remarks.append(f"tokens are estimated at {BYTES_PER_TOKEN:g} bytes each; for exact counts give --llm-tokenizer")
+    collected = run is not None and bool(run.coders())
+    stages: Sequence[StagePlan] = ()
+    if spec != "none":
+        stages = _of_run(run, config, client) if run is not None and collected else _of_config(config, client)
+        if not collected:
+            remarks.append("nothing is collected yet: the windows are made up, and all latents are taken to be alive")
+    return Plan(
+        model=spec,
+        stages=tuple(stages),
+        exact=exact,
+        price=price,
+        collect={} if collected else _collecting(config),
+        remarks=tuple(remarks) if spec != "none" else (),
+    )
+
+
+def _counter(config: RunConfig) -> tuple[CountTokens, CountPrompt, bool]:
+    """Return what counts the tokens of a text and of a request, and whether it is by the model's own tokenizer."""
+    name = config.llm.tokenizer
+    service, _, model = config.llm.llm.partition("/")
+    if name is None and service in ("hf", "vllm"):
+        name = model
+    if name is None:
+        return count_bytes, lambda request: count_parts(request, count_bytes), False
+    from exegete.llm.tokenised import prompt_ids
+    from exegete.subjects import load_tokenizer
+
+    tokenizer = load_tokenizer(name)
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def count_prompt(request: LLMRequest) -> int:
+        if request.messages and not tokenizer.chat_template:
+            return count_parts(request, count)
+        return len(prompt_ids(tokenizer, request, config.llm.llm))
+
+    return count, count_prompt, True
+
+
+def _explanation_tokens(run: Run | None, count: CountTokens) -> tuple[int, str]:
+    """Return how long explanations are taken to be, and on what ground."""
+    texts: list[str] = []
+    if run is not None and (run.folder / "results.db").is_file():
+        results = run.results()
+        try:
+            texts = [e.text for e in results.explanations().values() if e.text and e.program is None]
+        finally:
+            results.close()
+    if not texts:
+        return EXPLANATION_TOKENS, f"explanations are taken to be {EXPLANATION_TOKENS} tokens long"
+    mean = max(1, round(sum(map(count, texts)) / len(texts)))
+    return mean, f"explanations are taken to be {mean} tokens long, as the {len(texts)} that there are"
+
+
+def _of_run(run: Run, config: RunConfig, client: CountingClient) -> list[StagePlan]:
+    results = run.results() if (run.folder / "results.db").is_file() else None
+    keys, stages = Keys(run, config), []
+    try:
+        for coder in run.coders():
+            chosen = drawn(run.store(coder), coder, config)
+            views = _views(run, coder, sample(chosen), config, client)
+            explainer = explainers.from_text(config.explainer)
+            explained: Mapping[LatentId, Explanation] = {}
+            key = hash_json(keys.explain(coder, client))
+            if results is not None:
+                explained = {e.latent: e for e in results.explanations(coder=coder, key=key).values()}
+            left = _left(results, key, coder, chosen)
+            n_sampled = len(sample(chosen))
+            stages.append(_explaining(coder, explainer, views, n_sampled, len(chosen), left, client))
+            made = [explained.get(view.latent) or _placeholder(view, client) for view in views]
+            items = [(e, _with_donors(v, config.donors, e)) for e, v in zip(made, views, strict=True)]
+            for name in config.scorers:
+                left = _left(results, hash_json(keys.score(coder, name, client)), coder, chosen)
+                stages.append(
+                    _scoring(coder, name, scorers.from_text(name), items, n_sampled, len(chosen), left, client)
+                )
+    finally:
+        if results is not None:
+            results.close()
+    return [stage for stage in stages if stage.asked.requests]
+
+
+def _left(results: Results | None, key: str, coder: str, chosen: Sequence[int]) -> int:
+    done = set() if results is None else results.done(key)
+    return sum(LatentId(coder=coder, index=index) not in done for index in chosen)
+
+
+def _views(run: Run, coder: str, indices: Sequence[int], config: RunConfig, client: CountingClient) -> list[LatentView]:
+    sets = [found for found in run.select(coder, indices, config) if isinstance(found, ExampleSet)]
+    data = run.data(coder, config)
+    return [LatentView(latent=s.latent, tokens=data.tokens, examples=s, data=data, llm=client) for s in sets]
+
+
+def _explaining(
+    coder: str,
+    explainer: Explainer,
+    views: Sequence[LatentView],
+    sampled: int,
+    latents: int,
+    left: int,
+    client: CountingClient,
+) -> StagePlan:
+    client.asked.clear()
+    if "llm" in explainer.needs:
+        for _ in explainer.explain(views, concurrency=1):
+            pass
+    return StagePlan(coder=coder, stage="explain", latents=latents, left=left, asked=_scaled(client, left, sampled))
+
+
+def _scoring(
+    coder: str,
+    name: str,
+    scorer: Scorer,
+    items: Sequence[tuple[Explanation, LatentView]],
+    sampled: int,
+    latents: int,
+    left: int,
+    client: CountingClient,
+) -> StagePlan:
+    client.asked.clear()
+    if items and scorer.asks(items[0][1]):
+        for _ in scorer.score(items, concurrency=1):
+            pass
+    return StagePlan(coder=coder, stage=name, latents=latents, left=left, asked=_scaled(client, left, sampled))
+
+
+def _scaled(client: CountingClient, left: int, sampled: int) -> Asked:
+    whole = Asked()
+    for asked in client.asked.values():
+        whole = whole.plus(asked)
+    return whole.times(left / sampled if sampled else 0.0)
+
+
+def _placeholder(view: LatentView, client: CountingClient) -> Explanation:
+    return Explanation(latent=view.latent, text=client.explanation, status="ok", explainer={"name": "planned"})
+
+
+def _with_donors(view: LatentView, n: int, explanation: Explanation) -> LatentView:
+    donors = tuple(Donor(explanation=explanation, rank=rank) for rank in range(n))
+    return LatentView(
+        latent=view.latent, tokens=view.tokens, examples=view.examples, data=view.data, donors=donors, llm=view.llm
+    )
+
+
+def _of_config(config: RunConfig, client: CountingClient) -> list[StagePlan]:
+    """Plan for latents of made-up text."""
+    coders = _coder_names(config)
+    stages = []
+    view = _made_up(config, client)
+    explainer = explainers.from_text(config.explainer)
+    explanation = _placeholder(view, client)
+    items = [(explanation, _with_donors(view, config.donors, explanation))]
+    for coder, wanted in coders.items():
+        stages.append(_explaining(coder, explainer, [view], 1, wanted, wanted, client))
+        for name in config.scorers:
+            stages.append(_scoring(coder, name, scorers.from_text(name), items, 1, wanted, wanted, client))
+    return [stage for stage in stages if stage.asked.requests]
+
+
+def _coder_names(config: RunConfig) -> dict[str, int]:
+    """Return the coders that will be interpreted, and how many latents of each; sizes from settings and headers."""
+    known = {info["name"]: info["width"] for info in _inspected(config)}
+    found: dict[str, int] = {}
+    for name, width in known.items():
+        count = len(config.latents.indices) or config.latents.count or width
+        found[name] = min(count, width) if width else count
+        nulls = config.latents.null_count or found[name]
+        found |= {f"{name}@{null.replace('_', '-')}": nulls for null in config.nulls}
+    return found
+
+
+def _inspected(config: RunConfig) -> list[dict[str, Any]]:
+    """Return name, width and k (0 where not known) of the configured coders, without their weights."""
+    from exegete.coders.builtin import named_builtin
+    from exegete.coders.load import CoderSpec, inspect_coders
+
+    found: list[dict[str, Any]] = []
+    for text in config.coder:
+        given, builtin = named_builtin(text)
+        if builtin is not None:
+            places = config.hookpoints or ("the subject",)
+            found.extend({"name": f"{given or builtin.kind} at {place}", "width": 0, "k": 0} for place in places)
+            continue
+        spec = CoderSpec.parse(text)
+        for info in inspect_coders(text, config.hookpoints):
+            name = spec.name or info.hookpoint or info.path
+            found.append({"name": name, "width": info.width or 0, "k": info.k or 0})
+    return found
+
+
+def _collecting(config: RunConfig) -> dict[str, Any]:
+    """Return what collecting will take, as far as it can be known without reading text or weights."""
+    tokens = config.corpus.max_tokens
+    infos = _inspected(config)
+    if tokens is None:
+        return {"collect": f"all of the text, {len(infos)} coders"}
+    passes = 1 + ("random_subject" in config.nulls)
+    firing = sum(info["k"] for info in infos) * (1 + len(config.nulls))
+    disk = f"{tokens * firing * _FIRING_BYTES / 1e9:.2f} GB of firings" if firing else "size on disk not known before"
+    return {"collect": f"{tokens:,} tokens, {passes} pass(es) through the subject, {len(infos)} coder(s), {disk}"}
+
+
+def _made_up(config: RunConfig, client: CountingClient) -> LatentView:
+    """Return a latent with as many windows as are asked for, of words of four bytes."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list(_WORD), 3)) for _ in range(512)]
+    table = TokenTable([f" {word}".encode() for word in words])
+    wanted, window = config.examples, config.examples.window
+    parts: tuple[tuple[Split, bool, int], ...] = (
+        ("train", True, wanted.n_train),
+        ("test", True, wanted.n_test),
+        ("test", False, wanted.n_negatives),
+    )
+    examples: list[Example] = []
+    for split, fires, n in parts:
+        for _ in range(n):
+            activations = np.zeros(window, np.float32)
+            if fires:
+                activations[rng.integers(window)] = 1.0
+            examples.append(
+                Example(
+                    split=split,
+                    fires=fires,
+                    stratum="decile_0" if fires else "silent",
+                    row=len(examples),
+                    start=0,
+                    tokens=rng.integers(len(words), size=window).astype(np.uint32),
+                    activations=activations,
+                    document=len(examples),
+                    inclusion_probability=1.0,
+                )
+            )
+    latent = LatentId(coder="made-up", index=0)
+    made = ExampleSet(
+        latent=latent, examples=tuple(examples), maximum=1.0, firing_rate=0.5, frame=len(examples), seed=0, table=table
+    )
+    return LatentView(latent=latent, tokens=table, examples=made, llm=client)

@@ -1,0 +1,249 @@
+"""What a run's language model will be asked, counted before anything is sent.
+
+The real explainers and scorers run on a seeded sample of the latents, with a client that counts requests and answers
+nothing; the counts are scaled to all latents that are left. What cannot be known before (how long explanations will
+be) is assumed, and the plan says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, final
+
+from exegete.llm.client import LLMClient
+from exegete.llm.protocol import read_question
+from exegete.types import LLMReply, LLMRequest
+
+if TYPE_CHECKING:
+    from exegete.llm.prices import Price
+
+SAMPLED = 24
+"""Latents of a coder on which requests are counted."""
+EXPLANATION_TOKENS = 60
+"""Tokens that an explanation is assumed to take, as long as there are none to measure."""
+BYTES_PER_TOKEN = 3.6
+"""Bytes of a prompt that are assumed to make a token, where the tokenizer is not at hand."""
+MESSAGE_TOKENS = 4
+"""Tokens that a chat template is assumed to add to a message."""
+_FILLER = "occurrences of some word in a certain context, mostly at the beginning of a clause, and "
+
+CountTokens = Callable[[str], int]
+CountPrompt = Callable[[LLMRequest], int]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What one stage asks of the language model: ``shared`` tokens of the prompts begin as the request before did."""
+
+    requests: float = 0.0
+    prompt_tokens: float = 0.0
+    shared_tokens: float = 0.0
+    completion_tokens: float = 0.0
+
+    def plus(self, other: Asked) -> Asked:
+        """Return both together."""
+        return Asked(
+            requests=self.requests + other.requests,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            shared_tokens=self.shared_tokens + other.shared_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+        )
+
+    def times(self, factor: float) -> Asked:
+        """Return so many times as much."""
+        return Asked(
+            requests=self.requests * factor,
+            prompt_tokens=self.prompt_tokens * factor,
+            shared_tokens=self.shared_tokens * factor,
+            completion_tokens=self.completion_tokens * factor,
+        )
+
+    def dollars(self, price: Price) -> Mapping[str, float]:
+        """Return what it costs at list price, with the shared beginnings cached by the server, and as batch files."""
+        output = self.completion_tokens * price.output
+        plain = self.prompt_tokens * price.input + output
+        cached = price.input if price.cached is None else price.cached
+        kept = (self.prompt_tokens - self.shared_tokens) * price.input + self.shared_tokens * cached + output
+        return {"list": plain / 1e6, "cached": kept / 1e6, "batch": plain * price.batch / 1e6}
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """One stage of one coder: latents in all and left to do, and what is asked for those that are left."""
+
+    coder: str
+    stage: str
+    latents: int
+    left: int
+    asked: Asked
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run still costs. ``collect`` says what collecting will take where it is not done, by figure.
+
+    ``exact`` tells whether prompts were counted with the model's own tokenizer; ``remarks`` say what was assumed.
+    """
+
+    model: str
+    stages: tuple[StagePlan, ...]
+    exact: bool
+    price: Price | None
+    collect: Mapping[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> Asked:
+        """All stages together."""
+        whole = Asked()
+        for stage in self.stages:
+            whole = whole.plus(stage.asked)
+        return whole
+
+
+@final
+class CountingClient(LLMClient):
+    """A client that sends nothing: it counts what it is asked, and answers as shortly as the real one would.
+
+    ``count`` returns the tokens of a text, ``count_prompt`` those of a request. The beginning that a prompt shares with
+    the one before it in the same stage is what a server's prefix cache can serve.
+    """
+
+    def __init__(
+        self, name: str, temperature: float, count: CountTokens, count_prompt: CountPrompt, explanation_tokens: int
+    ) -> None:
+        self._name, self._temperature, self._count, self._count_prompt = name, temperature, count, count_prompt
+        words = max(1, round(explanation_tokens * BYTES_PER_TOKEN))
+        self._explanation = (_FILLER * (words // len(_FILLER) + 1))[:words].strip()
+        self.asked: dict[str, Asked] = {}
+        self._before: dict[str, str] = {}
+
+    @property
+    def name(self) -> str:
+        """The model that is planned for."""
+        return self._name
+
+    @property
+    def explanation(self) -> str:
+        """A text as long as explanations are taken to be."""
+        return self._explanation
+
+    @property
+    def temperature(self) -> float:
+        """That of the configuration."""
+        return self._temperature
+
+    async def reply(self, request: LLMRequest) -> LLMReply:
+        """Count a request."""
+        prompt = "\n".join(message["content"] for message in request.messages) or request.prompt or ""
+        tokens = self._count_prompt(request)
+        before = self._before.get(request.stage, "")
+        shared = _beginning(before, prompt) / max(len(prompt), 1)
+        self._before[request.stage] = prompt
+        answer = self._answer(request)
+        asked = Asked(
+            requests=1,
+            prompt_tokens=tokens,
+            shared_tokens=tokens * shared,
+            completion_tokens=min(self._count(answer), request.max_tokens),
+        )
+        self.asked[request.stage] = self.asked.get(request.stage, Asked()).plus(asked)
+        return LLMReply(text=answer, finish="stop")
+
+    async def check(self) -> None:
+        """There is no server to ask."""
+
+    async def close(self) -> None:
+        """There is no connection to give back."""
+
+    def _answer(self, request: LLMRequest) -> str:
+        question = read_question(request.messages)
+        if question.kind == "explain":
+            return f"[EXPLANATION]: {self._explanation}"
+        return str([0] * len(question.excerpts))
+
+
+def count_parts(request: LLMRequest, count: CountTokens) -> int:
+    """Return the tokens of a request's texts, with what a chat template is assumed to add."""
+    if request.prompt is not None:
+        return count(request.prompt)
+    return sum(count(message["content"]) + MESSAGE_TOKENS for message in request.messages)
+
+
+def _beginning(before: str, prompt: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    low, high = 0, min(len(before), len(prompt))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if before[:middle] == prompt[:middle] else (low, middle - 1)
+    return low
+
+
+def count_bytes(text: str) -> int:
+    """Return how many tokens a text is assumed to be, from its bytes."""
+    return round(len(text.encode("utf-8", errors="replace")) / BYTES_PER_TOKEN)
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """Yield a plan as lines of text."""
+    for name, value in plan.collect.items():
+        yield f"{name}: {value}"
+    if plan.model == "none":
+        yield "no language model: rules only, nothing to pay"
+        return
+    about = "" if plan.exact else "about "
+    yield f"language model: {plan.model}"
+    for stage in (*plan.stages, StagePlan(coder="in all", stage="", latents=0, left=0, asked=plan.total)):
+        who = f"{stage.coder} {stage.stage}".strip()
+        left = f"{stage.left:,} of {stage.latents:,} latents, " if stage.stage else ""
+        asked = stage.asked
+        share = asked.shared_tokens / asked.prompt_tokens if asked.prompt_tokens else 0.0
+        yield (
+            f"{who}: {left}{asked.requests:,.0f} requests, {about}{asked.prompt_tokens:,.0f} prompt tokens "
+            f"({share:.0%} shared with the request before), {about}{asked.completion_tokens:,.0f} reply tokens"
+        )
+    if plan.price is None:
+        yield "price: not known; give one with --prices FILE.yaml (tokens are counted either way)"
+    else:
+        cost = plan.total.dollars(plan.price)
+        yield (
+            f"price: ${cost['list']:.2f} at list, ${cost['cached']:.2f} where the server caches shared beginnings, "
+            f"${cost['batch']:.2f} as batch files (--llm-batch)"
+        )
+    yield from plan.remarks
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """Return a plan as plain data."""
+
+    def asked(what: Asked) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "requests": round(what.requests),
+            "prompt_tokens": round(what.prompt_tokens),
+            "shared_tokens": round(what.shared_tokens),
+            "completion_tokens": round(what.completion_tokens),
+        }
+        return found | ({"dollars": dict(what.dollars(plan.price))} if plan.price is not None else {})
+
+    return {
+        "model": plan.model,
+        "exact": plan.exact,
+        "collect": dict(plan.collect),
+        "stages": [
+            {"coder": s.coder, "stage": s.stage, "latents": s.latents, "left": s.left, **asked(s.asked)}
+            for s in plan.stages
+        ],
+        "total": asked(plan.total),
+        "remarks": list(plan.remarks),
+    }
+
+
+def sample(indices: Sequence[int], n: int = SAMPLED) -> list[int]:
+    """Return up to n of the latents, evenly spread over the order they were drawn in."""
+    if len(indices) <= n:
+        return list(indices)
+    return [indices[i * len(indices) // n] for i in range(n)]
