@@ -7,10 +7,11 @@ options and the keys it rests on; so a new scorer leaves the store alone, and a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 RANDOM_CODER = "@random-coder"
 RANDOM_SUBJECT = "@random-subject"
 PAGES = 300  # latent pages per coder in a report; beyond, the best, the worst, and some evenly between
+_ANY = 1 << 20  # requests under way at once
 _BLOCK = 256  # latents in memory together; each is committed as soon as it is ready
 
 
@@ -218,10 +220,14 @@ class Pipeline:
                     self._progress.advance(1)
                 else:
                     views.append(self._view(chosen, data, llm))
-            for explanation in explainer.explain(views, concurrency=self.config.llm.concurrency):
+            for explanation in explainer.explain(views, concurrency=self._at_once(llm)):
                 results.add_explanation(explanation, key)
                 self._progress.advance(1)
         self._progress.end()
+
+    def _at_once(self, llm: LLMClient | None) -> int:
+        """Return how many requests may be under way: all of a block where a client takes any number."""
+        return _ANY if llm is not None and llm.unlimited else self.config.llm.concurrency
 
     def _view(
         self, examples: ExampleSet, data: Any, llm: LLMClient | None, donors: tuple[Donor, ...] = ()
@@ -302,7 +308,7 @@ class Pipeline:
                 if isinstance(examples, ExampleSet):
                     view = self._view(examples, data, llm, donors.get(explanation.latent, ()))
                     items.append((explanation, view))
-            for scoring in scorer.score(items, concurrency=self.config.llm.concurrency):
+            for scoring in scorer.score(items, concurrency=self._at_once(llm)):
                 results.add_scoring(scoring, key, ids[scoring.explanation.latent])
                 self._progress.advance(1)
 
@@ -421,7 +427,7 @@ def _check_folder(folder: Path) -> None:
     if folder.is_file():
         raise InputError(f"{folder} is a file; a run needs a folder of its own")
     if folder.is_dir():
-        ours = {"manifest.json", "config.yaml", "corpus", "store", "results.db", "report", "lock"}
+        ours = {"manifest.json", "config.yaml", "corpus", "store", "results.db", "report", "lock", "ledger.db"}
         entries = {p.name for p in folder.iterdir()}
         if entries and not entries & ours:
             raise InputError(f"{folder} holds other files; a run needs a new or empty folder")
@@ -436,17 +442,32 @@ def run_pipeline(
     documents: Sequence[TextDocument] | None = None,
 ) -> Run:
     """Run every stage and return the run; whatever is already there is not done again."""
+    _check_folder(Path(folder))
+    with language_model(config, folder, llm) as client:
+        users = users_of_llm(config)
+        for who, needs in users.items():
+            _require_llm(needs, client, who)
+        check_llm(client, users)
+        prepared = prepare(config, documents)
+        with Pipeline(config, folder, progress) as pipeline:
+            pipeline.collect(prepared, documents)
+            pipeline.explain(client)
+            pipeline.score(client)
+            pipeline.report()
+            return pipeline.run
+
+
+@contextlib.contextmanager
+def language_model(config: RunConfig, folder: str | Path, llm: LLMClient | None = None) -> Iterator[LLMClient | None]:
+    """Yield the language model of a configuration, with the ledger of a run; None where there is none.
+
+    One that is given as ``llm`` is the caller's to end.
+    """
     from exegete.llm.open import client_from_spec
 
     client = llm or client_from_spec(config.llm.llm, config.llm, folder=Path(folder))
-    users = users_of_llm(config)
-    for who, needs in users.items():
-        _require_llm(needs, client, who)
-    check_llm(client, users)
-    prepared = prepare(config, documents)
-    with Pipeline(config, folder, progress) as pipeline:
-        pipeline.collect(prepared, documents)
-        pipeline.explain(client)
-        pipeline.score(client)
-        pipeline.report()
-        return pipeline.run
+    try:
+        yield client
+    finally:
+        if client is not None and llm is None:
+            client.end()

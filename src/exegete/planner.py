@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from exegete.results import Results
 
 _FIRING_BYTES = 4  # of a stored firing, see docs/stores.md
+_MADE_UP = 4  # latents whose requests are counted where nothing is collected
 _WORD = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -157,7 +158,7 @@ def _explaining(
     left: int,
     client: CountingClient,
 ) -> StagePlan:
-    client.asked.clear()
+    client.begin()
     if "llm" in explainer.needs:
         for _ in explainer.explain(views, concurrency=1):
             pass
@@ -174,7 +175,7 @@ def _scoring(
     left: int,
     client: CountingClient,
 ) -> StagePlan:
-    client.asked.clear()
+    client.begin()
     if items and scorer.asks(items[0][1]):
         for _ in scorer.score(items, concurrency=1):
             pass
@@ -203,14 +204,14 @@ def _of_config(config: RunConfig, client: CountingClient) -> list[StagePlan]:
     """Plan for latents of made-up text."""
     coders = _coder_names(config)
     stages = []
-    view = _made_up(config, client)
+    views = [_made_up(config, client, number) for number in range(_MADE_UP)]
     explainer = explainers.from_text(config.explainer)
-    explanation = _placeholder(view, client)
-    items = [(explanation, _with_donors(view, config.donors, explanation))]
+    made = [_placeholder(view, client) for view in views]
+    items = [(e, _with_donors(v, config.donors, e)) for e, v in zip(made, views, strict=True)]
     for coder, wanted in coders.items():
-        stages.append(_explaining(coder, explainer, [view], 1, wanted, wanted, client))
+        stages.append(_explaining(coder, explainer, views, _MADE_UP, wanted, wanted, client))
         for name in config.scorers:
-            stages.append(_scoring(coder, name, scorers.from_text(name), items, 1, wanted, wanted, client))
+            stages.append(_scoring(coder, name, scorers.from_text(name), items, _MADE_UP, wanted, wanted, client))
     return [stage for stage in stages if stage.asked.requests]
 
 
@@ -257,9 +258,9 @@ def _collecting(config: RunConfig) -> dict[str, Any]:
     return {"collect": f"{tokens:,} tokens, {passes} pass(es) through the subject, {len(infos)} coder(s), {disk}"}
 
 
-def _made_up(config: RunConfig, client: CountingClient) -> LatentView:
+def _made_up(config: RunConfig, client: CountingClient, number: int) -> LatentView:
     """Return a latent with as many windows as are asked for, of words of four bytes."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(number)
     words = ["".join(rng.choice(list(_WORD), 3)) for _ in range(512)]
     table = TokenTable([f" {word}".encode() for word in words])
     wanted, window = config.examples, config.examples.window
@@ -287,7 +288,7 @@ def _made_up(config: RunConfig, client: CountingClient) -> LatentView:
                     inclusion_probability=1.0,
                 )
             )
-    latent = LatentId(coder="made-up", index=0)
+    latent = LatentId(coder="made-up", index=number)
     made = ExampleSet(
         latent=latent, examples=tuple(examples), maximum=1.0, firing_rate=0.5, frame=len(examples), seed=0, table=table
     )

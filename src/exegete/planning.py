@@ -122,6 +122,11 @@ class CountingClient(LLMClient):
         self.asked: dict[str, Asked] = {}
         self._before: dict[str, str] = {}
 
+    def begin(self) -> None:
+        """Count anew."""
+        self.asked.clear()
+        self._before.clear()
+
     @property
     def name(self) -> str:
         """The model that is planned for."""

@@ -212,12 +212,10 @@ def test_centring_changes_what_is_shown_and_nothing_that_is_judged(store: Any) -
         middle += example.activations[4] > 0
         assert at_edge or example.activations[4] > 0
     assert middle > len(centred.part("train")) / 2
-    for n in (20, 10**6):  # where centred windows meet at an edge, one stands for both
-        whole = dataclasses.replace(SMALL, centred=True, strategy="random", n_train=n)
-        weights = [chosen(select(data, i, config=whole)).part("train").weight for i in (0, 1)]
-        truth = [sum(dense(store, i)[r, s : s + 8].any() for r, s in tiled(data, "train")) for i in (0, 1)]
-        assert n == 20 or [w.sum() for w in weights] == truth
-    assert max(w.max() for w in weights) > 1
+    whole = dataclasses.replace(SMALL, centred=True, strategy="random", n_train=10**6)
+    for index in (0, 1):  # as many as there are firing windows, and none twice
+        fires = sum(bool(dense(store, index)[r, s : s + 8].any()) for r, s in tiled(data, "train"))
+        assert chosen(select(data, index, config=whole)).part("train").weight.tolist() == [1.0] * fires
     off = [e.peak for e in plain.part("train")]
     assert len(set(off)) > 4
     assert {place(e) for e in centred.part("test")} <= set(tiled(data, "test"))

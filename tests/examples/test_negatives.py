@@ -76,7 +76,7 @@ def test_silent_windows_are_those_told_slowly(
             key = nth(own[latent : latent + 1], np.array([kind]))
             for place in draw_places(key, sizes[0, kind : kind + 1], shares[kind : kind + 1])[1].tolist():
                 cluster = candidates[place]
-                key_ = nth(nth(own[latent : latent + 1], np.array([cluster])), np.array([0]))
+                key_ = nth(nth(own[latent : latent + 1], np.array([2 + rest])), np.array([cluster]))
                 window = free[cluster][int(key_[0]) % len(free[cluster])]
                 expected.append((kind, window, len(free[cluster]), shares[kind] / sizes[0, kind]))
         at = np.flatnonzero(found.latent == latent)

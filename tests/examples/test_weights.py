@@ -250,9 +250,12 @@ def test_a_kind_without_a_proxy_is_refused(make_store: Make) -> None:
         select(data, 0, config=dataclasses.replace(BASE, negatives=("near_miss", "random")), proxies=PROXIES)
     with pytest.raises(InputError, match=r"kind same_token need a proxy.*got none"):
         select(data, 0, config=BASE)
+    for kinds in ((), ("random", "random"), ("nearby",)):
+        with pytest.raises(InputError, match=r"negatives are some of near_miss, .*got"):
+            select(data, 0, config=dataclasses.replace(BASE, negatives=kinds))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("shape", ["train", "twice", "short"])
+@pytest.mark.parametrize("shape", ["train", "twice", "short", "more"])
 def test_a_proxy_that_breaks_its_word_is_refused(make_store: Make, shape: str) -> None:
     @final
     class Wrong(Proxy):
@@ -263,7 +266,9 @@ def test_a_proxy_that_breaks_its_word_is_refused(make_store: Make, shape: str) -
             test = block.frame.numbers(2)
             if shape == "train":
                 return np.array([0, 1]), block.frame.numbers(0)[:1]
-            return (np.array([0, 2]), test[[3, 3]]) if shape == "twice" else (np.array([0]), test[:0])
+            if shape == "twice":
+                return np.array([0, 2]), test[[3, 3]]
+            return (np.array([0]), test[:0]) if shape == "short" else (np.array([0, 2]), test[:3])
 
     data = data_of(make_store(lengths=[50] * 60, rates=[0.2], row=52))
     with pytest.raises(InputError, match="the proxy of same_token negatives"):

@@ -246,6 +246,20 @@ def test_centred_windows_stay_in_their_stretch() -> None:
         assert ((start <= peaks) & (peaks < start + 4)).all()
 
 
+@given(MESSY)
+def test_centred_windows_of_different_frame_windows_differ(
+    case: tuple[list[list[int]], list[list[int]], int, int],
+) -> None:
+    owners, counted, window, seed = case
+    made = frame(rows_of(owners, [[int(c > 0) for c in line] for line in counted]), window, seed=seed)
+    numbers = np.repeat(np.arange(len(made)), window)
+    places = made.places(numbers) + np.tile(np.arange(window), len(made))
+    start = centred(made, numbers, places)
+    owner: dict[int, int] = {}
+    for place, number in zip(start.tolist(), numbers.tolist(), strict=True):
+        assert owner.setdefault(place, number) == number
+
+
 def test_the_frame_is_pinned() -> None:
     # A stored run must not change its windows with a version.
     assert frame(plain(6, 64, bos=True), 16, seed=5).start.tolist() == [

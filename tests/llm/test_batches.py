@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -318,7 +319,7 @@ def test_a_stop_anywhere_loses_nothing_and_pays_nothing_twice(tmp_path: Path) ->
 
 
 def test_a_run_asks_in_files_and_pays_half(tmp_path: Path) -> None:
-    service = Service()
+    service = Service(polls=1)
     with running(service) as spec:
         (tmp_path / "prices.yaml").write_text(json.dumps({spec: {"input": 10.0, "cached": 10.0, "output": 100.0}}))
         config = LLMConfig(batch=True, budget=1.0, prices=str(tmp_path / "prices.yaml"))
@@ -371,6 +372,32 @@ def test_a_batch_whose_beginning_was_not_heard_of_is_found_again(tmp_path: Path)
         assert len(service.batches) == 2
         assert texts(ask(opened(spec, tmp_path / "a"), chat("a"))) == ["re a"]  # another run finds it, too
         assert len(service.batches) == 2
+
+
+def test_the_same_request_twice_is_one_even_while_its_batch_begins(tmp_path: Path) -> None:
+    begun = threading.Event()
+
+    def slow(method: str, path: str) -> None:
+        if (method, path) == ("POST", "/v1/batches") and not begun.is_set():
+            begun.set()
+            time.sleep(0.3)
+
+    service = Service(trouble=slow)
+    with running(service) as spec:
+        backend = opened(spec, tmp_path)
+
+        async def story() -> list[LLMReply]:
+            first = asyncio.ensure_future(backend.send(chat("a")))
+            while not begun.is_set():
+                await asyncio.sleep(0.01)
+            second = asyncio.ensure_future(backend.send(chat("a")))
+            try:
+                return list(await asyncio.gather(first, second))
+            finally:
+                await backend.close()
+
+        assert texts(asyncio.run(story())) == ["re a", "re a"]
+        assert len(service.batches) == 1
 
 
 def test_a_batch_that_surely_did_not_begin_is_begun_later(tmp_path: Path) -> None:

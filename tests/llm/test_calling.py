@@ -507,7 +507,7 @@ def test_a_client_comes_with_everything_around_it(tmp_path: Path) -> None:
     client = client_from_spec("http://127.0.0.1:9#toy", config, folder=tmp_path, cache=tmp_path / "kept" / "replies.db")
     assert isinstance(client, Caller)
     assert (client.name, client.temperature) == ("http://127.0.0.1:9#toy", 0.5)
-    assert (tmp_path / "ledger.db").is_file()
+    assert not (tmp_path / "ledger.db").exists()  # made when something is spent
     assert (tmp_path / "kept" / "replies.db").is_file()
     with pytest.raises(BudgetError):
         asyncio.run(client.reply(asked()))

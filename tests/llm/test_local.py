@@ -192,6 +192,19 @@ def test_draws_follow_the_softmax_the_seed_and_the_sample_index(
     assert [r.text for r in other] != [r.text for r in replies[:40]]
 
 
+def test_settings_that_came_with_the_model_do_not_lie_over_what_is_asked(tmp_path: Path) -> None:
+    folder = toy_llama(tmp_path / "model", seed=4)
+    model, tokenizer = reference(folder)
+    ids = tokenizer("the the the", return_tensors="pt")["input_ids"]
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0)
+    tokens = new[0, ids.shape[1] :].tolist()
+    assert len(set(tokens)) < 20  # else a penalty on repeating changes nothing
+    settings = {"repetition_penalty": 9.0, "do_sample": True, "top_k": 2, "temperature": 5.0, "min_new_tokens": 30}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    (reply,) = ask(TransformersBackend(str(folder), device="cpu"), continued("the the the", max_tokens=24))
+    assert (reply.text, reply.completion_tokens) == (tokenizer.decode(tokens, skip_special_tokens=True), 24)
+
+
 def test_a_reply_ends_at_the_models_own_end_token_and_at_stop_texts(tmp_path: Path) -> None:
     folder = toy_llama(tmp_path / "model", seed=4)
     model, tokenizer = reference(folder)
@@ -290,14 +303,16 @@ def test_no_memory_halves_the_batch(backends: dict[str, TransformersBackend], mo
 
 
 def test_the_model_is_named_on_the_command_line_and_its_replies_are_kept(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
+    folder = toy_subject_model("llama", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 400, 2))}))
     requests = [LLMRequest(messages=({"role": "user", "content": p},), max_tokens=4) for p in PROMPTS]
-    (folders["llama"] / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 400, 2))}))
 
     def answered() -> list[LLMReply]:
         client: Any = client_from_spec(
-            f"hf/{folders['llama']}", LLMConfig(budget_tokens=10**6), folder=tmp_path, cache=tmp_path / "replies.db"
+            f"hf/{folder}", LLMConfig(budget_tokens=10**6), folder=tmp_path, cache=tmp_path / "replies.db"
         )
 
         async def together() -> list[LLMReply]:
@@ -315,9 +330,8 @@ def test_the_model_is_named_on_the_command_line_and_its_replies_are_kept(
 
     first, second = answered(), answered()
     assert [r.text for r in first] == [r.text for r in second]
-    ended = [r.finish == "stop" for r in first]
-    assert any(ended)
-    assert [r.cached for r in second if r.finish == "stop"] == [True] * sum(ended)
+    assert {r.finish for r in first} == {"stop"}
+    assert all(r.cached for r in second)
 
 
 def test_a_model_that_breaks_says_so_in_one_line(

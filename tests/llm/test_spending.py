@@ -549,24 +549,37 @@ def test_files_that_are_no_ledger_are_refused(tmp_path: Path) -> None:
         database.execute("CREATE TABLE calls (x)")
     database.close()
     hooked = tmp_path / "hooked.db"
-    ledger(hooked).close()
+    opened = ledger(hooked)
+    assert opened.totals() == []
+    opened.close()
     with sqlite3.connect(hooked) as database:
         database.execute("CREATE TRIGGER t AFTER INSERT ON calls BEGIN DELETE FROM calls; END")
     database.close()
     for path in (garbage, other, hooked):
         with pytest.raises(CorruptError, match=path.name):
-            ledger(path)
+            ledger(path).totals()
         with pytest.raises(CorruptError, match=path.name):
             read_totals(path)
     newer = tmp_path / "newer.db"
-    ledger(newer).close()
+    opened = ledger(newer)
+    assert opened.totals() == []
+    opened.close()
     with sqlite3.connect(newer) as database:
         database.execute("PRAGMA user_version = 99")
     database.close()
     with pytest.raises(InputError, match="upgrade exegete"):
-        ledger(newer)
-    with pytest.raises(InputError):
-        ledger(tmp_path / "missing" / "ledger.db")
+        ledger(newer).totals()
+
+
+def test_a_ledger_is_made_when_it_is_first_needed(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "ledger.db"
+    spending = ledger(path)
+    spending.close()
+    assert not path.parent.exists()
+    spending = ledger(path)
+    spending.cached(LLMReply(text="kept", finish="stop", prompt_tokens=3, completion_tokens=1))
+    spending.close()
+    assert [total.outcome for total in read_totals(path)] == ["cached"]
 
 
 def test_a_ledger_that_cannot_be_written_stops_before_anything_is_sent(tmp_path: Path) -> None:

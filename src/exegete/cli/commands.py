@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,7 @@ def _collect(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    pipeline, client = _open(options, scoring=False)
-    with pipeline:
+    with _opened(options, scoring=False) as (pipeline, client):
         pipeline.explain(client)
     counts = _counts(pipeline.run.table("explanations")["status"])
     _say("explanations: " + (", ".join(f"{n} {status}" for status, n in counts.items()) or "none"))
@@ -91,8 +92,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
-    pipeline, client = _open(options, explaining=False)
-    with pipeline:
+    with _opened(options, explaining=False) as (pipeline, client):
         pipeline.score(client)
     n_scores = len(pipeline.run.table("scores")["value"])
     _say(f"{n_scores} scores" if n_scores else "no scores: nothing is explained yet")
@@ -192,6 +192,7 @@ def _llm(options: argparse.Namespace) -> int:
             return dataclasses.asdict(await client.capabilities())
         finally:
             await client.close()
+            client.end()
 
     found = asyncio.run(ask())
     price = load_prices(config.prices).price_of(options.model)
@@ -213,17 +214,18 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(options: argparse.Namespace, *, explaining: bool = True, scoring: bool = True) -> tuple[Any, Any]:
-    """Return the pipeline of an existing run with the options laid over its configuration, and its LLM."""
-    from exegete.llm.open import client_from_spec
-    from exegete.pipeline import Pipeline, check_llm, users_of_llm
+@contextlib.contextmanager
+def _opened(options: argparse.Namespace, *, explaining: bool = True, scoring: bool = True) -> Iterator[tuple[Any, Any]]:
+    """Yield the pipeline of an existing run with the options laid over its configuration, and its LLM."""
+    from exegete.pipeline import Pipeline, check_llm, language_model, users_of_llm
     from exegete.runs import open_run
 
     made = open_run(options.run)
     config = RunConfig.from_dict(merge(made.config.to_dict(), given(options)))
-    client = client_from_spec(config.llm.llm, config.llm, folder=made.folder)
-    check_llm(client, users_of_llm(config, explaining=explaining, scoring=scoring))
-    return Pipeline(config, options.run, progress_for(options.quiet)), client
+    with language_model(config, made.folder) as client:
+        check_llm(client, users_of_llm(config, explaining=explaining, scoring=scoring))
+        with Pipeline(config, options.run, progress_for(options.quiet)) as pipeline:
+            yield pipeline, client
 
 
 def _config(options: argparse.Namespace) -> RunConfig:

@@ -16,7 +16,7 @@ from exegete.errors import InputError
 from exegete.examples.clusters import Units, units
 from exegete.examples.data import StoreData
 from exegete.examples.diverse import candidates, farthest_first
-from exegete.examples.draws import spread, starts_of
+from exegete.examples.draws import spread
 from exegete.examples.fired import Block, Gathered, Recorded, gathered
 from exegete.examples.keys import latent_keys, mixed
 from exegete.examples.negatives import Silent, draw_silent
@@ -103,6 +103,8 @@ class _Job:
     ) -> None:
         self._data, self._config, self._seed, self._coder = data, config, seed, coder
         self._kinds = tuple(kind for kind in NEGATIVES if kind in config.negatives)
+        if len(self._kinds) < max(len(config.negatives), 1):
+            raise InputError(f"negatives are some of {', '.join(NEGATIVES)}, each once; got {list(config.negatives)}")
         missing = [kind for kind in self._kinds if kind != "random" and kind not in proxies]
         if missing:
             raise InputError(
@@ -182,9 +184,7 @@ class _Job:
     def _shown(self, found: Units, keys: Array) -> _Chosen:
         """Draw the train windows."""
         config, tiled = self._config, self._frame
-        place = tiled.places(found.window)
-        if config.centred:
-            found, place = _distinct(found, centred(tiled, found.window, found.peak))
+        place = centred(tiled, found.window, found.peak) if config.centred else tiled.places(found.window)
         ranked = rank(found.maximum, found.window, found.offsets, keys)
         if config.strategy == "diverse":
             latent, places = candidates(ranked.sizes)
@@ -234,9 +234,10 @@ class _Job:
     def _found(self, kind: Negative, block: Block) -> Array:
         """Return the windows of a kind, as latent * windows + window."""
         offsets, windows = self._proxies[kind].windows(block)
-        codes: Array = spread(np.diff(offsets))[0] * len(self._frame) + windows
-        apart = len(offsets) == len(block) + 1 and bool((np.diff(codes) > 0).all())
-        if not apart or (self._frame.split[windows] != CODES["test"]).any():
+        latent = spread(np.diff(offsets))[0]
+        fits = len(offsets) == len(block) + 1 and len(latent) == len(windows)
+        codes: Array = latent * len(self._frame) + windows if fits else latent
+        if not fits or (np.diff(codes) < 1).any() or (self._frame.split[windows] != CODES["test"]).any():
             raise InputError(
                 f"the proxy of {kind} negatives gave windows that are not those of the test split, ascending and "
                 f"distinct for each latent; mend its windows method"
@@ -303,25 +304,6 @@ def _chosen(found: Units, places: Array, drawn: Draw) -> _Chosen:
 def _together(one: _Chosen, other: _Chosen) -> _Chosen:
     columns = (f.name for f in dataclasses.fields(_Chosen))
     return _Chosen(**{name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in columns})
-
-
-def _distinct(found: Units, places: Array) -> tuple[Units, Array]:
-    """Let one unit stand for all of a latent that begin at the same place: centred windows meet at a text's end."""
-    order = np.lexsort((places, found.latent))
-    latent, place = found.latent[order], places[order]
-    firsts = np.flatnonzero((np.diff(latent, prepend=-1) != 0) | (np.diff(place, prepend=-1) != 0))
-    if len(firsts) == len(order):
-        return found, places
-    one = order[firsts]
-    merged = Units(
-        latent=found.latent[one],
-        window=found.window[one],
-        peak=found.peak[one],
-        maximum=np.maximum.reduceat(found.maximum[order], firsts),
-        multiplicity=np.add.reduceat(found.multiplicity[order], firsts),
-        offsets=starts_of(np.bincount(found.latent[one], minlength=len(found.offsets) - 1)),
-    )
-    return merged, places[one]
 
 
 def _farthest(tokens: Array, latent: Array, n: int) -> Array:

@@ -77,7 +77,7 @@ def draw_silent(
     latent, cluster, kind_of = (np.concatenate([part[i] for part in parts]) for i in range(3))
     order = np.argsort(latent, kind="stable")
     latent, cluster, kind_of = latent[order], cluster[order], kind_of[order]
-    window, multiplicity = _representatives(latent, cluster, barred, known, keys)
+    window, multiplicity = _representatives(latent, cluster, barred, known, nth(keys, np.full(m, len(kinds))))
     return Silent(
         latent=latent,
         window=window,
@@ -157,7 +157,7 @@ def _representatives(latent: Array, cluster: Array, barred: Array, known: Cluste
         free = ~_within(latent[several][which] * len(known.number) + members, barred)
         which, members = which[free], members[free]
         counts = np.bincount(which, minlength=len(several))
-        drawn = nth(nth(keys[latent[several]], cluster[several]), np.zeros(len(several)))
+        drawn = nth(keys[latent[several]], cluster[several])
         place = (drawn % counts.astype(np.uint64)).astype(np.int64)
         window[several] = members[starts_of(counts)[:-1] + place]
         multiplicity[several] = counts

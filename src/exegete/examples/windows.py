@@ -169,7 +169,7 @@ def centred(frame: Frame, windows: Array, peaks: Array) -> Array:
     """Return the flat place at which a window centred on the peak of each given frame window begins.
 
     ``peaks`` are flat places. The peak stands at position ``window // 2``, or nearer to an edge where its stretch
-    ends. Centred windows may overlap one another.
+    ends. Centred windows may overlap one another, but no two of different frame windows are the same.
     """
     start = peaks % frame.length - frame.window // 2
     start = np.clip(start, frame.first[windows], frame.last[windows] - frame.window)

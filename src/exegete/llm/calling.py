@@ -70,6 +70,11 @@ class Caller(LLMClient):
         return self._temperature
 
     @property
+    def unlimited(self) -> bool:
+        """Whether the backend is."""
+        return self._backend.unlimited
+
+    @property
     def backend(self) -> Backend:
         """What makes the attempts."""
         return self._backend

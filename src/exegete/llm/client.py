@@ -32,6 +32,11 @@ class LLMClient(ABC):
         """Sampling temperature of explainer and judge, as the configuration sets it for this model."""
         return 0.0
 
+    @property
+    def unlimited(self) -> bool:
+        """Whether any number of requests may wait for their replies together, as in batch files."""
+        return False
+
     @abstractmethod
     async def reply(self, request: LLMRequest) -> LLMReply:
         """Send one request."""

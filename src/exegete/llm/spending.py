@@ -132,7 +132,8 @@ class Spending:
     commands too. One process writes at a time (the run lock sees to it): calls that an earlier one left open are
     counted as lost. Use it from one thread at a time.
 
-    Raises InputError for a budget in dollars without a price, CorruptError for a file that is no ledger.
+    Raises InputError for a budget in dollars without a price; when first used, CorruptError for a file that is no
+    ledger.
     """
 
     def __init__(
@@ -161,12 +162,8 @@ class Spending:
         self._accounts: dict[str, int] = {}
         self._kept: dict[str, int] = {}
         self._more_prompt = self._more_completion = 0
-        self._database = open_database(path, LAYOUT, timeout=5.0)
-        self._aside = Aside(path, LAYOUT)
-        with self._transaction("ledger opened"):
-            if self._database.execute("SELECT count(*) FROM spent").fetchone()[0] == 0:
-                self._database.execute("INSERT INTO spent VALUES (0, 0)")
-            self._database.execute("UPDATE calls SET outcome = 'lost' WHERE outcome = 'open'")
+        self._opened: sqlite3.Connection | None = None
+        self._aside: Aside | None = None
 
     async def reserve(self, request: LLMRequest, prompt_tokens: int | None = None) -> int:
         """Reserve the worst case of a request and return the reservation's id, to be settled or cancelled.
@@ -249,10 +246,26 @@ class Spending:
         """Count what is still open as lost, and close the file."""
         for reservation in list(self._open):
             self.settle_unknown(reservation)
-        self._aside.join()
-        self._database.close()
+        if self._aside is not None:
+            self._aside.join()
+        if self._opened is not None:
+            self._opened.close()
 
     # ---------------------------------------------------------------- private
+
+    @property
+    def _database(self) -> sqlite3.Connection:
+        """The file, opened when it is first needed: a run that is refused before leaves nothing behind."""
+        if self._opened is None:
+            if self.path != _MEMORY:
+                Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            self._opened = open_database(self.path, LAYOUT, timeout=5.0)
+            self._aside = Aside(self.path, LAYOUT)
+            with self._transaction("ledger opened"):
+                if self._opened.execute("SELECT count(*) FROM spent").fetchone()[0] == 0:
+                    self._opened.execute("INSERT INTO spent VALUES (0, 0)")
+                self._opened.execute("UPDATE calls SET outcome = 'lost' WHERE outcome = 'open'")
+        return self._opened
 
     def _worst(self, request: LLMRequest, prompt_tokens: int | None) -> _Worst:
         prompt = most_prompt_tokens(request) if prompt_tokens is None else prompt_tokens
@@ -328,7 +341,7 @@ class Spending:
 
     def _closed(self, reservation: int) -> None:
         del self._open[reservation]
-        if reservation % _WRITE_BACK == 0 and self.path != _MEMORY:
+        if reservation % _WRITE_BACK == 0 and self.path != _MEMORY and self._aside is not None:
             self._aside.start()
         self._wake()
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from exegete.errors import InputError
 from exegete.examples.render import marked_texts, plain_texts
-from exegete.llm.client import LLMClient
+from exegete.llm.client import LLMClient, gather_all
 from exegete.llm.protocol import Kind, judge_messages_of, verdicts_schema, write_excerpts
 from exegete.rules.execute import execute
 from exegete.rules.language import Rule
@@ -109,7 +109,7 @@ class Judge(ABC):
 
     async def panel(self, explanations: Sequence[Explanation], items: Sequence[Item]) -> list[list[Verdict]]:
         """Judge the same items by several explanations; one list of verdicts per explanation."""
-        return list(await asyncio.gather(*(self.verdicts(e, items) for e in explanations)))
+        return await gather_all(self.verdicts(e, items) for e in explanations)
 
     @abstractmethod
     def takes(self, explanation: Explanation) -> bool:
@@ -162,9 +162,9 @@ class LLMJudge(Judge):
 
         async def one(explanation: Explanation) -> list[Verdict]:
             asked = [self._batch(self._request(explanation, batch), batch.n) for batch in batches]
-            return [verdict for answer in await asyncio.gather(*asked) for verdict in answer]
+            return [verdict for answer in await gather_all(asked) for verdict in answer]
 
-        return list(await asyncio.gather(*map(one, explanations)))
+        return await gather_all(map(one, explanations))
 
     def _request(self, explanation: Explanation, batch: Batch) -> LLMRequest:
         return judge_request(

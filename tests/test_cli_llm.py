@@ -1,0 +1,145 @@
+"""The commands that have to do with language models and other tools: plan, llm, status, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import exegete as ex
+from exegete.cli import main
+from exegete.config import RunConfig, merge
+from exegete.llm.local_server import serve
+from exegete.llm.scripted import ScriptedClient
+from exegete.pipeline import Pipeline
+from exegete.preparing import prepare
+
+
+@pytest.fixture(scope="module")
+def collected(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli-llm") / "run"
+    base: dict[str, Any] = {
+        "subject": str(toy_folder / "model"),
+        "coder": [str(toy_folder / "coders")],
+        "hookpoints": ["layers.0"],
+        "corpus": {"text": [str(toy_folder / "text.jsonl")], "row_length": 64},
+        "collect": {"batch_tokens": 512, "threads": 1},
+        "examples": {"window": 8, "n_train": 6, "n_test": 5, "n_negatives": 5, "min_train": 2, "min_test": 2},
+        "latents": {"count": 4},
+    }
+    settings = RunConfig.from_dict(base)
+    with Pipeline(settings, folder) as pipeline:
+        pipeline.collect(prepare(settings))
+    return folder
+
+
+def out(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        raise SystemExit(main(list(arguments)))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    return error
+
+
+def test_a_plan_of_a_run_counts_stages_tokens_and_money(collected: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(collected), "--explainer", "default", "--llm", "openai/gpt-4o-mini"]
+    text = out(capsys, *arguments)
+    assert "layers.0 explain: 4 of 4 latents, " in text
+    assert "at list" in text
+    found = json.loads(out(capsys, *arguments, "--json"))
+    assert [s["stage"] for s in found["stages"]] == ["explain", "detection", "fuzzing"]
+    enough = found["stages"][0]["requests"]  # latents with enough windows
+    assert 1 <= enough <= 4
+    # Of each (5 + 5) windows, 5 a request, for the latent's own explanation and 5 donors.
+    assert [s["requests"] for s in found["stages"]] == [enough, 12 * enough, 12 * enough]
+    assert found["total"]["dollars"]["batch"] == pytest.approx(found["total"]["dollars"]["list"] / 2)
+    plan = ex.plan(ex.open_run(collected), explainer="default", llm={"llm": "openai/gpt-4o-mini"})
+    assert plan.total.requests == found["total"]["requests"]
+
+
+def test_a_plan_before_collecting_says_what_it_assumes(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = out(
+        capsys,
+        *("plan", str(toy_folder / "model"), str(toy_folder / "coders"), "--text", str(toy_folder / "text.jsonl")),
+        *("--max-tokens", "10k", "--explainer", "default", "--llm", "http://127.0.0.1:9/v1#m", "--latents", "7"),
+    )
+    assert "10,000 tokens, 1 pass(es) through the subject, 2 coder(s)" in text
+    assert "layers.0 explain: 7 of 7 latents, 7 requests" in text
+    assert "price: not known" in text
+    assert "nothing is collected yet" in text
+    assert "no language model" in out(capsys, "plan", str(toy_folder / "model"), str(toy_folder / "coders"))
+
+
+def test_a_tokenizer_makes_the_plan_exact(
+    collected: Path, toy_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(collected), "--explainer", "default", "--llm", "http://127.0.0.1:9/v1#m", "--json"]
+    estimated = json.loads(out(capsys, *arguments))
+    exact = json.loads(out(capsys, *arguments, "--llm-tokenizer", str(toy_folder / "model")))
+    assert (estimated["exact"], exact["exact"]) == (False, True)
+    assert exact["total"]["prompt_tokens"] != estimated["total"]["prompt_tokens"]
+    assert "no tokenizer" in refused(capsys, *arguments, "--llm-tokenizer", str(toy_folder))
+
+
+def test_a_language_model_is_asked_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(ScriptedClient(["ready"] * 50)) as server:
+        text = out(capsys, "llm", server.spec)
+        found = json.loads(out(capsys, "llm", server.spec, "--json"))
+    assert "chat: yes" in text
+    assert "price: not known" in text
+    assert found["chat"] is True
+    assert found["schema"] is False
+    assert "no language model" in refused(capsys, "llm", "none")
+    assert "unknown language model" in refused(capsys, "llm", "nonsense")
+
+
+def test_a_budget_without_a_price_and_bad_arguments_are_refused(
+    collected: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(collected)
+    unpriced = refused(capsys, "explain", run, "--explainer", "default", "--llm", "http://127.0.0.1:9/v1#m",
+                       "--budget", "1")  # fmt: skip
+    assert "budget_tokens" in unpriced
+    assert "per_request" in refused(capsys, "score", run, "--scorers", "detection:per_reqest=1")
+    assert "NAME:ARGUMENT=VALUE" in refused(capsys, "score", run, "--scorers", "detection:5")
+
+
+def test_scorers_take_arguments_after_a_colon(collected: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(collected)
+    out(capsys, "explain", run, "-q")
+    out(capsys, "score", run, "-q", "--scorers", "fuzzing:threshold=0.5")
+    results = ex.open_run(collected).results()
+    try:
+        specs = [spec["scorer"] for stage, spec in results.stages().values() if stage == "fuzzing"]
+    finally:
+        results.close()
+    assert [spec["args"]["threshold"] for spec in specs] == [0.5]
+
+
+def test_a_run_is_exported_by_command_and_from_python(
+    collected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out(capsys, "export", str(collected), "--to", "delphi", "--out", str(tmp_path / "a"))
+    ex.export_run(ex.open_run(collected), to="delphi", out=tmp_path / "b")
+    names = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a" / "latents").rglob("*.safetensors"))
+    assert names
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+    assert "empty" in refused(capsys, "export", str(collected), "--to", "delphi", "--out", str(tmp_path / "a"))
+    assert "unknown coder" in refused(
+        capsys, "export", str(collected), "--to", "delphi", "--out", str(tmp_path / "c"), "--coders", "no"
+    )
+
+
+def test_plans_lay_changes_over_a_configuration(toy_folder: Path) -> None:
+    base = {"subject": str(toy_folder / "model"), "coder": [str(toy_folder / "coders")], "explainer": "default"}
+    few = ex.plan(RunConfig.from_dict(base), llm={"llm": "openai/gpt-4o-mini"}, latents={"count": 2})
+    many = ex.plan(RunConfig.from_dict(merge(base, {"latents": {"count": 4}})), llm={"llm": "openai/gpt-4o-mini"})
+    assert many.total.requests == 2 * few.total.requests
