@@ -11,6 +11,7 @@ import pytest
 import exegete as ex
 from exegete.cli import main
 from exegete.config import RunConfig, merge
+from exegete.errors import InputError, LLMError
 from exegete.llm.local_server import serve
 from exegete.llm.scripted import ScriptedClient
 from exegete.pipeline import Pipeline
@@ -56,10 +57,11 @@ def test_a_plan_of_a_run_counts_stages_tokens_and_money(collected: Path, capsys:
     assert "at list" in text
     found = json.loads(out(capsys, *arguments, "--json"))
     assert [s["stage"] for s in found["stages"]] == ["explain", "detection", "fuzzing"]
-    enough = found["stages"][0]["requests"]  # latents with enough windows
-    assert 1 <= enough <= 4
-    # Of each (5 + 5) windows, 5 a request, for the latent's own explanation and 5 donors.
-    assert [s["requests"] for s in found["stages"]] == [enough, 12 * enough, 12 * enough]
+    enough, detection, fuzzing = (s["requests"] for s in found["stages"])
+    assert 1 <= enough <= 4  # latents with enough windows
+    # Of each (5 + 5) windows, 5 a request, for its own explanation and those of the others that are no near neighbours:
+    # never five donors.
+    assert 2 * enough <= detection == fuzzing <= 2 * enough * enough
     assert found["total"]["dollars"]["batch"] == pytest.approx(found["total"]["dollars"]["list"] / 2)
     plan = ex.plan(ex.open_run(collected), explainer="default", llm={"llm": "openai/gpt-4o-mini"})
     assert plan.total.requests == found["total"]["requests"]
@@ -138,8 +140,55 @@ def test_a_run_is_exported_by_command_and_from_python(
     )
 
 
+def test_a_run_takes_its_language_model_as_plans_do(toy_folder: Path, tmp_path: Path) -> None:
+    base = {"subject": str(toy_folder / "model"), "coder": [str(toy_folder / "coders")], "explainer": "default"}
+    config = RunConfig.from_dict({**base, "latents": {"count": 3, "min_rate": 0.5}, "llm": {"retries": 0}})
+    for llm in ("http://127.0.0.1:9/v1#m", {"llm": "http://127.0.0.1:9/v1#m"}):
+        with pytest.raises(LLMError, match=r"127\.0\.0\.1:9"):
+            ex.run(config, out=tmp_path / "run", llm=llm)
+
+
+def test_changes_of_a_run_are_laid_over_its_settings(
+    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A group with one change had all its other settings reset.
+    seen: list[RunConfig] = []
+    monkeypatch.setattr("exegete.api.run_pipeline", lambda config, out, llm=None: seen.append(config))
+    ex.run(RunConfig.from_dict({"latents": {"count": 3, "min_rate": 0.5}}), out=tmp_path, latents={"count": 4})
+    assert (seen[0].latents.count, seen[0].latents.min_rate) == (4, 0.5)
+
+
+def test_a_client_given_by_name_is_ended(collected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr("exegete.llm.calling.Caller.end", lambda self: ended.append(self.name))
+    run = ex.open_run(collected)
+    view = run.latent("layers.0", int(run.store("layers.0").counts.argmax()))
+    with serve(ScriptedClient(lambda request: "[EXPLANATION]: x")) as server:
+        assert ex.explain(view, explainer="default", llm=server.spec).text == "x"
+        assert ended == [server.spec]
+
+
 def test_plans_lay_changes_over_a_configuration(toy_folder: Path) -> None:
     base = {"subject": str(toy_folder / "model"), "coder": [str(toy_folder / "coders")], "explainer": "default"}
-    few = ex.plan(RunConfig.from_dict(base), llm={"llm": "openai/gpt-4o-mini"}, latents={"count": 2})
-    many = ex.plan(RunConfig.from_dict(merge(base, {"latents": {"count": 4}})), llm={"llm": "openai/gpt-4o-mini"})
+    few = ex.plan(RunConfig.from_dict(base), llm={"llm": "openai/gpt-4o-mini"}, latents={"count": 20})
+    many = ex.plan(RunConfig.from_dict(merge(base, {"latents": {"count": 40}})), llm={"llm": "openai/gpt-4o-mini"})
     assert many.total.requests == 2 * few.total.requests
+
+
+def test_in_a_running_loop_as_of_a_notebook_calls_work_and_fail_as_elsewhere(collected: Path) -> None:
+    import asyncio
+
+    run = ex.open_run(collected)
+    index = int(run.store("layers.0").counts.argmax())
+
+    async def cell() -> None:
+        view = run.latent("layers.0", index)
+        with serve(ScriptedClient(["[EXPLANATION]: words"] * 9)) as server:
+            explanation = ex.explain(view, explainer="default", llm=server.spec)
+            assert explanation.text == "words"
+            with pytest.raises(InputError, match="log probabilities"):
+                ex.score(explanation, view, scorer="detection", llm=server.spec, probabilities=True)
+        with pytest.raises(InputError, match="language model"):
+            ex.score(explanation, view, scorer="detection")
+
+    asyncio.run(cell())

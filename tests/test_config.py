@@ -47,6 +47,7 @@ def test_merge_keeps_what_is_not_named() -> None:
         ({"examples": {"window": 256}}, ["window", "row_length"]),
         ({"corpus": {"row_length": 1}}, ["row_length"]),
         ({"examples": {"test_share": 1.0}}, ["test_share"]),
+        ({"examples": {"negatives": ["same_token", "random"], "n_negatives": 1}}, ["n_negatives", "each kind"]),
         ({"nulls": ["random"]}, ["nulls", "random_coder"]),
         ({"coder": {"a": 1}}, ["coder", "list"]),
         ({"donors": 0}, ["donors"]),

@@ -25,8 +25,9 @@ from exegete.export.tensor_file import TensorFile
 from exegete.files import fault_hook
 from exegete.results import Results
 from exegete.runs import Run
+from exegete.scorers.scorer import Scoring
 from exegete.store.manifest import save_manifest
-from exegete.types import Explanation, LatentId
+from exegete.types import Explanation, Judgement, LatentId, Score
 
 FIXTURE = Path(__file__).parent / "fixtures" / "delphi"
 
@@ -258,17 +259,31 @@ def test_a_run_without_results_has_latents_alone(own_run: Run, tmp_path: Path) -
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["latents", "log", "run_config.json"]
 
 
-def test_the_newest_explainer_is_exported(own_run: Run, tmp_path: Path) -> None:
+def test_the_newest_explainer_that_was_judged_is_exported(own_run: Run, tmp_path: Path) -> None:
+    """Rules that negatives were made from are newer than the explanations that were judged, and nobody judged them."""
     latent = LatentId(coder="layers.0", index=1)
     text = "half a pair: \ud83d"
     newer = Explanation(latent=latent, text=text, status="ok", explainer={"name": "rule", "args": {}})
     with Results.open(own_run.folder / "results.db") as results:
-        results.add_explanation(newer, "other explain")
+        id_ = results.add_explanation(newer, "other explain")
+    export_delphi(own_run, tmp_path / "before")
+    texts = {path.read_text() for path in (tmp_path / "before" / "explanations").iterdir()}
+    assert texts
+    assert not any("half a pair" in text for text in texts)
+    assert any((tmp_path / "before" / "scores" / "detection").iterdir())
+    judged = Judgement(row=0, start=1, document=0, stratum="silent", truth=False, prediction=False)
+    score = Score(
+        latent=latent, scorer="detection", metric="specificity", value=1.0, low=0.2, high=1.0, method="m",
+        n_total=1, n_scored=1, n_failed=0,
+    )  # fmt: skip
+    scoring = Scoring(explanation=newer, scores=(score,), judgements={"none": (judged,)})
+    with Results.open(own_run.folder / "results.db") as results:
+        results.add_scoring(scoring, "other score", id_)
     export_delphi(own_run, tmp_path / "out")
     (path,) = (tmp_path / "out" / "explanations").iterdir()
     assert path.name == "layers.0_latent1.txt"
     assert json.loads(path.read_text()) == "half a pair: ?"
-    assert not (tmp_path / "out" / "scores").exists()  # its judgements are those of the older one
+    assert [p.name for p in (tmp_path / "out" / "scores").rglob("*.txt")] == [path.name]
 
 
 def test_what_is_there_is_never_written_over(run: Run, tmp_path: Path) -> None:

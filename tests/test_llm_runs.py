@@ -24,6 +24,7 @@ import pytest
 
 from exegete.config import RunConfig, merge
 from exegete.errors import BudgetError
+from exegete.keys import Keys
 from exegete.llm.client import LLMClient
 from exegete.llm.local_server import LocalServer, serve
 from exegete.llm.open import client_from_spec
@@ -257,6 +258,89 @@ def test_a_run_stops_at_its_budget_and_goes_on_with_more(
             pipeline.explain(client)
             pipeline.score(client)
         assert set(answers.asked.values()) == {1}
+
+
+@final
+class Moody(LLMClient):
+    """Answers as ``Answers`` does, but its first explanations are prose, and the one after them fails."""
+
+    def __init__(self, unparsed: int, name: str = "moody") -> None:
+        self.answers, self._name, self._unparsed, self._seen = Answers(), name, unparsed, 0
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    async def reply(self, request: LLMRequest) -> LLMReply:
+        reply = await self.answers.reply(request)
+        if "[EXPLANATION]" not in (reply.text or ""):
+            return reply
+        self._seen += 1
+        if self._seen <= 2 * self._unparsed:  # asked for once more
+            return LLMReply(text="prose", finish="stop", prompt_tokens=1, completion_tokens=1)
+        if self._unparsed and self._seen == 2 * self._unparsed + 1:
+            return LLMReply(text=None, finish="error", error="HTTP 500")
+        return reply
+
+    async def check(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+def statuses(run: Path) -> Counter[str]:
+    return Counter(map(str, open_run(run).table("explanations")["status"]))
+
+
+def test_a_failed_explanation_is_tried_again_and_a_plan_knows_what_is_never_scored(
+    collected: Path, toy_folder: Path, tmp_path: Path
+) -> None:
+    from exegete.planner import plan
+
+    shutil.copytree(collected, tmp_path / "run")
+    client = Moody(1)
+    config = settings(toy_folder, llm={"llm": "http://127.0.0.1:9/v1#moody", "concurrency": 1}, donors=5)
+    client._name = config.llm.llm
+    with Pipeline(config, tmp_path / "run") as pipeline:
+        pipeline.explain(client)
+        assert statuses(tmp_path / "run") == {"ok": 2, "unparsed": 1, "failed": 1}
+        found = plan(config, Run(tmp_path / "run"))
+        assert {s.stage: s.left for s in found.stages} == {"explain": 1, "detection": 3, "fuzzing": 3}
+        asked = sum(client.answers.asked.values())
+        pipeline.explain(client)
+        assert statuses(tmp_path / "run") == {"ok": 3, "unparsed": 1}
+        pipeline.score(client)
+        # Three explanations judge one another, and no near one: nobody has five donors.
+        assert sum(client.answers.asked.values()) - asked == found.total.requests <= 1 + 2 * 3 * 3 * 2
+    assert plan(config, Run(tmp_path / "run")).total.requests == 0
+
+
+def test_another_model_than_the_one_that_explained_may_judge(collected: Path, toy_folder: Path, tmp_path: Path) -> None:
+    # It said "nothing is explained yet".
+    shutil.copytree(collected, tmp_path / "run")
+    config = settings(toy_folder, scorers=["detection"])
+    with Pipeline(config, tmp_path / "run") as pipeline:
+        pipeline.explain(Moody(0, "strong"))
+        pipeline.score(Moody(0, "cheap"))
+        first = len(pipeline.run.table("scores")["value"])
+        pipeline.score(Moody(0, "cheap"))
+        assert len(pipeline.run.table("scores")["value"]) == first > 0
+        pipeline.explain(Moody(0, "cheap"))  # its own go first where it has any
+        pipeline.score(Moody(0, "cheap"))
+        assert len(pipeline.run.table("scores")["value"]) == 2 * first
+
+
+def test_a_change_of_the_judges_temperature_is_a_change_of_its_scores(collected: Path, toy_folder: Path) -> None:
+    config = settings(toy_folder, explainer="rule")
+    keys = Keys(Run(collected), config)
+    cold = client_from_spec("http://127.0.0.1:9#m", config.llm)
+    warm = client_from_spec("http://127.0.0.1:9#m", settings(toy_folder, llm={"temperature": 1.0}).llm)
+    assert cold is not None
+    assert warm is not None
+    assert keys.score("detection", cold, "x") != keys.score("detection", warm, "x")
+    cold.end()
+    warm.end()
 
 
 def test_the_plan_counts_what_the_run_then_asks(

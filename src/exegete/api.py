@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exegete.config import CollectConfig, CorpusConfig, ExampleConfig, LLMConfig, RunConfig, merge
 from exegete.errors import InputError, unknown
 from exegete.explainers.explainer import explainers
-from exegete.pipeline import Pipeline, run_pipeline
+from exegete.pipeline import Pipeline, check_llm, run_pipeline
 from exegete.preparing import Prepared
 from exegete.runs import Run, example_config
 from exegete.scorers.scorer import scorers
@@ -31,19 +32,24 @@ if TYPE_CHECKING:
 
 
 def run(
-    config: str | Path | RunConfig, *, out: str | Path | None = None, llm: LLMClient | None = None, **changes: Any
+    config: str | Path | RunConfig,
+    *,
+    out: str | Path | None = None,
+    llm: str | Mapping[str, Any] | LLMClient | None = None,
+    **changes: Any,
 ) -> Run:
     """Run every stage of a configuration (a YAML path or a RunConfig) and return the run.
 
     ``out`` is the run folder, by default the YAML file's name without its ending, beside it. ``changes`` are settings
-    laid over the configuration, nested as in the YAML. Raises InputError before any work starts when something is
-    missing or does not fit.
+    laid over the configuration, nested as in the YAML; ``llm`` is such a group of settings too, or a language model by
+    name, or a client. Raises InputError before any work starts when something is missing or does not fit.
     """
+    if isinstance(llm, str | Mapping):
+        changes, llm = {**changes, "llm": {"llm": llm} if isinstance(llm, str) else dict(llm)}, None
     if isinstance(config, RunConfig):
         if out is None:
             raise InputError("a run needs a folder; give one with out=…")
-        settings = RunConfig.from_dict({**config.to_dict(), **changes}) if changes else config
-        return run_pipeline(settings, out, llm=llm)
+        return run_pipeline(RunConfig.from_dict(merge(config.to_dict(), changes)), out, llm=llm)
     path = Path(config)
     return run_pipeline(RunConfig.from_yaml(path, changes), out or path.with_suffix(""), llm=llm)
 
@@ -163,8 +169,9 @@ def explain(
 
     ``args`` go to the explainer. Raises InputError when the explainer needs something that is not there.
     """
-    view = _view(what, llm)
-    return next(iter(explainers.make(explainer, args).explain([view])))
+    with _viewed(what, llm) as view:
+        (explanation,) = explainers.make(explainer, args).explain([view])
+    return explanation
 
 
 async def explain_async(what: LatentView | ExampleSet, **options: Any) -> Explanation:
@@ -186,14 +193,17 @@ def score(
     A rule explanation is judged by its own program when no language model is given. Raises InputError when the scorer
     needs something that is not there.
     """
-    view = _view(what, llm)
-    if donors:
-        ranked = tuple(Donor(explanation=e, rank=i) for i, e in enumerate(donors))
-        view = dataclasses.replace(view, donors=ranked)
-    scoring = next(iter(scorers.make(scorer, args).score([(explanation, view)])), None)
-    if scoring is None or not scoring.scores:
+    made = scorers.make(scorer, args)
+    with _viewed(what, llm) as view:
+        if donors:
+            ranked = tuple(Donor(explanation=e, rank=i) for i, e in enumerate(donors))
+            view = dataclasses.replace(view, donors=ranked)
+        if "logprobs" in made.needs:
+            check_llm(view.llm, {f"scorer {scorer!r}": made.needs})
+        found = [s for scoring in made.score([(explanation, view)]) for s in scoring.scores]
+    if not found:
         raise InputError(f"scorer {scorer!r} has nothing to say of this explanation (status {explanation.status!r})")
-    return scoring.scores[0]
+    return found[0]
 
 
 async def score_async(explanation: Explanation, what: LatentView | ExampleSet, **options: Any) -> Score:
@@ -201,10 +211,20 @@ async def score_async(explanation: Explanation, what: LatentView | ExampleSet, *
     return await asyncio.to_thread(score, explanation, what, **options)
 
 
-def _view(what: LatentView | ExampleSet, llm: str | LLMClient | None) -> LatentView:
+@contextlib.contextmanager
+def _viewed(what: LatentView | ExampleSet, llm: str | LLMClient | None) -> Iterator[LatentView]:
+    """Yield the view of a latent with a language model; one that was given by name is ended with the block."""
     from exegete.llm.open import client_from_spec
 
-    client = client_from_spec(llm, LLMConfig(llm=llm)) if isinstance(llm, str) else llm
+    made = client_from_spec(llm, LLMConfig(llm=llm)) if isinstance(llm, str) else None
+    try:
+        yield _view(what, llm if not isinstance(llm, str) else made)
+    finally:
+        if made is not None:
+            made.end()
+
+
+def _view(what: LatentView | ExampleSet, client: LLMClient | None) -> LatentView:
     if isinstance(what, LatentView):
         return dataclasses.replace(what, llm=client) if client is not None else what
     if what.table is None:

@@ -372,6 +372,11 @@ def _check_examples(examples: ExampleConfig) -> None:
         raise ConfigError(f"examples.duplicates lies between 0.5 and 1, or is 0 for none, got {examples.duplicates}")
     if not examples.negatives or len(set(examples.negatives)) < len(examples.negatives):
         raise ConfigError(f"examples.negatives names each kind once, at least one, got {list(examples.negatives)}")
+    if examples.n_negatives < len(examples.negatives):
+        raise ConfigError(
+            f"examples.n_negatives is at least 1 for each kind of examples.negatives, got {examples.n_negatives} for "
+            f"{len(examples.negatives)}"
+        )
     if not examples.similar:
         raise ConfigError("examples.similar is empty; write tfidf, or a sentence-transformers model")
 

@@ -10,6 +10,7 @@ from exegete.errors import InputError
 from exegete.examples.proxies import NearMiss, Neighbour, SameToken, Similar
 from exegete.examples.proxy import Proxy
 from exegete.examples.similar import Embeddings, TextIndex, TfIdf
+from exegete.explainers.explainer import explainers
 from exegete.files import hash_json
 from exegete.rules.language import Rule
 from exegete.store.neighbours import Neighbours, cofiring_neighbours, load_neighbours, save_neighbours
@@ -62,42 +63,59 @@ def find_neighbours(
 
     ``weights`` gives the coder, for neighbours by decoder or encoder.
     """
-    kind, key = config.examples.neighbours, _key(store, config, latents)
-    if "neighbour" not in config.examples.negatives or load_neighbours(store.folder, kind, key) is not None:
+    kind, key = config.examples.neighbours, _key(store, config)
+    if "neighbour" not in config.examples.negatives:
+        return
+    kept = load_neighbours(store.folder, kind, key)
+    missing = _missing(kept, latents)
+    if not missing:
         return
     if kind == "cofiring":
-        found = cofiring_neighbours(store, latents, seed=config.seed)
+        found = cofiring_neighbours(store, missing, seed=config.seed)
     else:
         import numpy as np
 
         from exegete.coders.cosines import cosine_neighbours
 
-        near, cosines = cosine_neighbours(weights(), latents, which=kind)
-        found = Neighbours(kind=kind, indices=np.array(latents, np.int64), neighbours=near, similarity=cosines)
-    save_neighbours(store.folder, found, key)
+        near, cosines = cosine_neighbours(weights(), missing, which=kind)
+        found = Neighbours(kind=kind, indices=np.array(missing, np.int64), neighbours=near, similarity=cosines)
+    save_neighbours(store.folder, found if kept is None else kept.with_others(found), key)
 
 
-def rules_in(results: Results, coder: str) -> dict[int, Rule]:
-    """Return the latest rule of every latent of a coder that has one."""
-    found = results.explanations(coder=coder)
-    return {e.latent.index: Rule.from_json(e.program) for _, e in sorted(found.items()) if e.program is not None}
+def rules_in(results: Results, coder: str) -> dict[int, Rule] | None:
+    """Return the rules that near misses are of: those of the rule explainer with its own settings.
+
+    None where it has explained no latent of the coder. Rules found with other settings change nothing.
+    """
+    spec = dict(explainers.from_text("rule").spec)
+    found = [e for _, e in sorted(results.explanations(coder=coder).items()) if dict(e.explainer) == spec]
+    rules = {e.latent.index: Rule.from_json(e.program) for e in found if e.program is not None}
+    return rules if found else None
 
 
 def _neighbours(store: Store, config: RunConfig, latents: Sequence[int]) -> Neighbours:
     kind = config.examples.neighbours
-    kept = load_neighbours(store.folder, kind, _key(store, config, latents))
-    if kept is not None:
+    kept = load_neighbours(store.folder, kind, _key(store, config))
+    missing = _missing(kept, latents)
+    if kept is not None and not missing:
         return kept
     if kind == "cofiring":
-        return cofiring_neighbours(store, latents, seed=config.seed)
+        found = cofiring_neighbours(store, missing, seed=config.seed)
+        return found if kept is None else kept.with_others(found)
     raise InputError(
         f"the {kind} neighbours of these latents of {store.name} were not looked for; exegete score does it, or set "
         "examples.neighbours to cofiring"
     )
 
 
-def _key(store: Store, config: RunConfig, latents: Sequence[int]) -> str:
-    return hash_json({"store": store.manifest.key, "seed": config.seed, "latents": list(map(int, latents))})
+def _missing(kept: Neighbours | None, latents: Sequence[int]) -> list[int]:
+    """Return the latents whose neighbours are not kept: what was found once stays, however many are added."""
+    known = set() if kept is None else set(kept.indices.tolist())
+    return [latent for latent in dict.fromkeys(map(int, latents)) if latent not in known]
+
+
+def _key(store: Store, config: RunConfig) -> str:
+    return hash_json({"store": store.manifest.key, "seed": config.seed})
 
 
 def _index(store: Store, config: RunConfig, embeddings: Path | None) -> TextIndex:

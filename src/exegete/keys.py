@@ -18,6 +18,7 @@ from exegete.scorers.scorer import scorers
 if TYPE_CHECKING:
     from exegete.llm.client import LLMClient
     from exegete.preparing import Prepared
+    from exegete.results import Results
 
 _COLLECTING = ("dtype", "coder_dtype", "compile", "batch_tokens", "sink_norm")
 
@@ -52,16 +53,35 @@ class Keys:
             "prompt": made.prompt_hash,
         }
 
-    def score(self, coder: str, scorer: str, llm: LLMClient | None) -> dict[str, Any]:
-        """What the scores of a coder's explanations rest on."""
+    def explained(self, coder: str, llm: LLMClient | None, results: Results | None) -> str:
+        """Return the key of the explanations to judge: those that this configuration makes, where there are any.
+
+        Else the latest that differ from them in nothing but the language model: who judges need not be who explained.
+        """
+        spec = self.explain(coder, llm)
+        own = hash_json(spec)
+        there = [] if results is None else [key for key, _ in results.explainers(coder)]
+        if results is None or own in there or spec["llm"] == "none":
+            return own
+        stages = results.stages()
+        others = [key for key in there if key in stages and _without_llm(stages[key][1]) == _without_llm(spec)]
+        return others[-1] if others else own
+
+    def score(self, scorer: str, llm: LLMClient | None, explained: str) -> dict[str, Any]:
+        """What the scores of explanations under the key ``explained`` rest on."""
         made = scorers.from_text(scorer)
         return {
-            "explain": hash_json(self.explain(coder, llm)),
+            "explain": explained,
             "scorer": dict(made.spec),
             "prompt": made.prompt_hash if llm else "",
             "judge": llm.name if llm else "rule",
+            "temperature": llm.temperature if llm else None,
             "donors": self._config.donors,
         }
+
+
+def _without_llm(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in spec.items() if name not in ("llm", "temperature")}
 
 
 def settings_under(config: RunConfig) -> dict[str, Any]:

@@ -6,7 +6,6 @@ options and the keys it rests on; so a new scorer leaves the store alone, and a 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import logging
@@ -23,6 +22,7 @@ from exegete.errors import InputError
 from exegete.explainers.explainer import explainers
 from exegete.files import RunLock, hash_json, read_json, write_json, write_text
 from exegete.keys import Keys, refuse_changes, settings_under
+from exegete.llm.client import run_to_end
 from exegete.preparing import Prepared, prepare, text_of
 from exegete.progress import Progress, Silent
 from exegete.runs import FORMAT, Run, alive, drawn
@@ -44,6 +44,7 @@ RANDOM_SUBJECT = "@random-subject"
 PAGES = 300  # latent pages per coder in a report; beyond, the best, the worst, and some evenly between
 _ANY = 1 << 20  # requests under way at once
 _BLOCK = 256  # latents in memory together; each is committed as soon as it is ready
+_BATCHED = 1024  # where requests wait for a day in files, which several latents may share
 
 
 @final
@@ -203,7 +204,7 @@ class Pipeline:
         key = hash_json(spec)
         results.add_stage(key, "explain", spec)
         indices = self.draw(coder, results)
-        done = results.done(key)
+        done = results.done(key, failed=False)  # a call that failed is made again
         left = [i for i in indices if LatentId(coder=coder, index=i) not in done]
         self._progress.start(f"explain {coder}", len(indices), "latents")
         self._progress.advance(len(indices) - len(left))
@@ -212,9 +213,10 @@ class Pipeline:
         shown = dataclasses.replace(
             self.config, examples=dataclasses.replace(self.config.examples, negatives=("random",))
         )
-        for start in range(0, len(left), _BLOCK):
+        block = _block(llm if "llm" in explainer.needs else None)
+        for start in range(0, len(left), block):
             views = []
-            for chosen in self.run.select(coder, left[start : start + _BLOCK], shown):
+            for chosen in self.run.select(coder, left[start : start + block], shown):
                 if isinstance(chosen, Skipped):
                     results.add_skip(chosen, key)
                     self._progress.advance(1)
@@ -244,13 +246,14 @@ class Pipeline:
         try:
             self._settle(results)
             for coder in self.run.coders():
-                explanations = results.explanations(coder=coder, key=hash_json(self._keys.explain(coder, llm)))
+                explained = self._keys.explained(coder, llm, results)
+                explanations = results.explanations(coder=coder, key=explained)
                 usable = {id_: e for id_, e in explanations.items() if e.status == "ok"}
                 donors = None
                 for name in self.config.scorers:
                     scorer = scorers.from_text(name)
                     _require_llm(scorer.needs, llm, f"scorer {name!r}")
-                    spec = self._keys.score(coder, name, llm)
+                    spec = self._keys.score(name, llm, explained)
                     key = hash_json(spec)
                     results.add_stage(key, scorer.spec["name"], spec)
                     done = results.done(key)
@@ -300,14 +303,17 @@ class Pipeline:
         ids = {explanation.latent: id_ for id_, explanation in left.items()}
         waiting = list(left.values())
         data = self.run.data(coder, self.config) if waiting else None
-        for start in range(0, len(waiting), _BLOCK):
-            block = waiting[start : start + _BLOCK]
+        size = _block(llm)
+        for start in range(0, len(waiting), size):
+            block = waiting[start : start + size]
             chosen = self.run.select(coder, [e.latent.index for e in block], self.config)
             items = []
             for explanation, examples in zip(block, chosen, strict=True):
-                if isinstance(examples, ExampleSet):
-                    view = self._view(examples, data, llm, donors.get(explanation.latent, ()))
-                    items.append((explanation, view))
+                if isinstance(examples, Skipped):  # of the kinds asked for there may be fewer windows than of all
+                    results.add_skip(examples, key)
+                    self._progress.advance(1)
+                    continue
+                items.append((explanation, self._view(examples, data, llm, donors.get(explanation.latent, ()))))
             for scoring in scorer.score(items, concurrency=self._at_once(llm)):
                 results.add_scoring(scoring, key, ids[scoring.explanation.latent])
                 self._progress.advance(1)
@@ -328,6 +334,13 @@ class Pipeline:
 
     def _settle(self, results: Results) -> None:
         refuse_changes(self.run, self.config)
+        for coder in self.run.coders():
+            known = self.run.store(coder).manifest
+            if not known.complete:
+                raise InputError(
+                    f"the firings of {coder} are not all collected ({known.row_stop:,} rows so far); finish with "
+                    "exegete collect or run"
+                )
         write_text(self.run.folder / "config.yaml", self.config.to_yaml())
         results.put_meta("config", self.config.to_dict())
         results.put_meta("manifest", read_json(self.run.folder / "manifest.json"))
@@ -404,7 +417,7 @@ def check_llm(llm: LLMClient | None, users: Mapping[str, frozenset[Need]] = Mapp
         finally:
             await llm.close()
 
-    asyncio.run(ask())
+    run_to_end(ask)
 
 
 def users_of_llm(config: RunConfig, *, explaining: bool = True, scoring: bool = True) -> dict[str, frozenset[Need]]:
@@ -415,6 +428,11 @@ def users_of_llm(config: RunConfig, *, explaining: bool = True, scoring: bool = 
     if scoring:
         users |= {f"scorer {name!r}": scorers.from_text(name).needs for name in config.scorers}
     return users
+
+
+def _block(llm: LLMClient | None) -> int:
+    """Return how many latents are worked on together."""
+    return _BATCHED if llm is not None and llm.unlimited else _BLOCK
 
 
 def _require_llm(needs: frozenset[Need], llm: LLMClient | None, who: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from exegete.config import RunConfig
+from exegete.donors import choose_donors
 from exegete.explainers.explainer import Explainer, explainers
 from exegete.files import hash_json
 from exegete.keys import Keys
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from exegete.results import Results
 
 _FIRING_BYTES = 4  # of a stored firing, see docs/stores.md
+_MANY = 100  # latents among which none lacks donors
 _MADE_UP = 4  # latents whose requests are counted where nothing is collected
 _WORD = "abcdefghijklmnopqrstuvwxyz"
 
@@ -112,39 +114,73 @@ def _explanation_tokens(run: Run | None, count: CountTokens) -> tuple[int, str]:
 
 def _of_run(run: Run, config: RunConfig, client: CountingClient) -> list[StagePlan]:
     results = run.results() if (run.folder / "results.db").is_file() else None
-    keys, stages = Keys(run, config), []
     try:
-        for coder in run.coders():
-            chosen = drawn(run.store(coder), coder, config)
-            views = _views(run, coder, sample(chosen), config, client)
-            explainer = explainers.from_text(config.explainer)
-            explained: Mapping[LatentId, Explanation] = {}
-            key = hash_json(keys.explain(coder, client))
-            if results is not None:
-                explained = {e.latent: e for e in results.explanations(coder=coder, key=key).values()}
-            left = _left(results, key, coder, chosen)
-            n_sampled = len(sample(chosen))
-            stages.append(_explaining(coder, explainer, views, n_sampled, len(chosen), left, client))
-            made = [explained.get(view.latent) or _placeholder(view, client) for view in views]
-            items = [(e, _with_donors(v, config.donors, e)) for e, v in zip(made, views, strict=True)]
-            for name in config.scorers:
-                left = _left(results, hash_json(keys.score(coder, name, client)), coder, chosen)
-                stages.append(
-                    _scoring(coder, name, scorers.from_text(name), items, n_sampled, len(chosen), left, client)
-                )
+        stages = [stage for coder in run.coders() for stage in _of_coder(run, coder, config, client, results)]
     finally:
         if results is not None:
             results.close()
     return [stage for stage in stages if stage.asked.requests]
 
 
-def _left(results: Results | None, key: str, coder: str, chosen: Sequence[int]) -> int:
-    done = set() if results is None else results.done(key)
-    return sum(LatentId(coder=coder, index=index) not in done for index in chosen)
+def _of_coder(
+    run: Run, coder: str, config: RunConfig, client: CountingClient, results: Results | None
+) -> Iterator[StagePlan]:
+    """Yield the stages of one coder, each counted on a sample of the latents that are left for it."""
+    keys, chosen = Keys(run, config), drawn(run.store(coder), coder, config)
+    shown: dict[tuple[int, ...], list[LatentView]] = {}
+
+    def views(left: Sequence[int]) -> tuple[list[LatentView], int]:
+        some = tuple(sample(left))
+        if some not in shown:
+            shown[some] = _views(run, coder, some, config, client)
+        return shown[some], len(some)
+
+    done = _done(results, coder, hash_json(keys.explain(coder, client)), failed=False)
+    left = [i for i in chosen if i not in done]
+    explainer = explainers.from_text(config.explainer)
+    yield _explaining(coder, explainer, *views(left), len(chosen), len(left), client)
+    key = keys.explained(coder, client, results)
+    known = {} if results is None else results.explanations(coder=coder, key=key)
+    usable = {e.latent.index: e for e in known.values() if e.status == "ok"}
+    done = _done(results, coder, key, failed=False)
+    without = {*sample(left)} - {view.latent.index for view in views(left)[0]}  # too few windows
+    # What is skipped or unparsed is never scored.
+    judged = [i for i in chosen if i in usable or (i not in done and i not in without)]
+    donors = _n_donors(run, coder, judged, config.donors)
+    for name in config.scorers:
+        done = _done(results, coder, hash_json(keys.score(name, client, key)))
+        left = [i for i in judged if i not in done]
+        some, sampled = views(left)
+        items = [(e, _with_donors(v, donors[v.latent.index], e)) for e, v in _explained(some, usable, client)]
+        yield _scoring(coder, name, scorers.from_text(name), items, sampled, len(chosen), len(left), client)
+
+
+def _n_donors(run: Run, coder: str, judged: Sequence[int], wanted: int) -> Mapping[int, int]:
+    """Return how many explanations of other latents each latent is judged by; among many there are always enough."""
+    if len(judged) > _MANY:
+        return dict.fromkeys(judged, wanted)
+    those = [
+        Explanation(latent=LatentId(coder=coder, index=index), text="", status="ok", explainer={"name": "planned"})
+        for index in judged
+    ]
+    chosen = choose_donors(run.store(coder), those, count=wanted)
+    return {latent.index: len(donors) for latent, donors in chosen.items()}
+
+
+def _done(results: Results | None, coder: str, key: str, *, failed: bool = True) -> set[int]:
+    done = set() if results is None else results.done(key, failed=failed)
+    return {latent.index for latent in done if latent.coder == coder}
+
+
+def _explained(
+    views: Sequence[LatentView], known: Mapping[int, Explanation], client: CountingClient
+) -> Iterator[tuple[Explanation, LatentView]]:
+    for view in views:
+        yield known.get(view.latent.index) or _placeholder(view, client), view
 
 
 def _views(run: Run, coder: str, indices: Sequence[int], config: RunConfig, client: CountingClient) -> list[LatentView]:
-    sets = [found for found in run.select(coder, indices, config) if isinstance(found, ExampleSet)]
+    sets = [found for found in run.preview(coder, indices, config) if isinstance(found, ExampleSet)]
     data = run.data(coder, config)
     return [LatentView(latent=s.latent, tokens=data.tokens, examples=s, data=data, llm=client) for s in sets]
 
@@ -206,9 +242,9 @@ def _of_config(config: RunConfig, client: CountingClient) -> list[StagePlan]:
     stages = []
     views = [_made_up(config, client, number) for number in range(_MADE_UP)]
     explainer = explainers.from_text(config.explainer)
-    made = [_placeholder(view, client) for view in views]
-    items = [(e, _with_donors(v, config.donors, e)) for e, v in zip(made, views, strict=True)]
     for coder, wanted in coders.items():
+        donors = min(config.donors, max(0, wanted - 1))
+        items = [(e, _with_donors(v, donors, e)) for e, v in _explained(views, {}, client)]
         stages.append(_explaining(coder, explainer, views, _MADE_UP, wanted, wanted, client))
         for name in config.scorers:
             stages.append(_scoring(coder, name, scorers.from_text(name), items, _MADE_UP, wanted, wanted, client))

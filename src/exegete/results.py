@@ -402,9 +402,9 @@ class Results:
             yield LatentId(coder=name, index=index), unpack_columns(packed)
 
     def skips(self, coder: str | None = None) -> list[Skipped]:
-        """Return the latents that dropped out, ordered by latent, then stage."""
+        """Return the latents that dropped out, ordered by latent, then stage; each once, however often it was tried."""
         where, values = _where(coder=coder)
-        sql = f"SELECT {SKIP} FROM skips{where} ORDER BY coder, idx, stage, reason"
+        sql = f"SELECT DISTINCT {SKIP} FROM skips{where} ORDER BY coder, idx, stage, reason"
         return [skip_from(row) for row in self._database.execute(sql, values)]
 
     def table(self, name: str) -> dict[str, Any]:

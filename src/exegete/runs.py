@@ -32,7 +32,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._data: dict[tuple[str, float, float], StoreData] = {}
+        self._data: dict[tuple[str, int, float, float], StoreData] = {}
         self._proxies: dict[tuple[str, ...], dict[Negative, Proxy]] = {}
 
     def __repr__(self) -> str:
@@ -103,7 +103,7 @@ class Run:
 
         settings = config or self.config
         examples = settings.examples
-        key = (coder, examples.test_share, examples.duplicates)
+        key = (coder, settings.seed, examples.test_share, examples.duplicates)
         if key not in self._data:
             store = self.store(coder)
             split = split_segments(
@@ -126,6 +126,17 @@ class Run:
             proxies=self._hard(coder, indices, settings),
         )
 
+    def preview(
+        self, coder: str, indices: Sequence[int], config: RunConfig | None = None
+    ) -> list[ExampleSet | Skipped]:
+        """Return what ``select`` does; random silent windows while what hard ones are made from is not there yet."""
+        settings = config or self.config
+        plain = dataclasses.replace(settings.examples, negatives=("random",))
+        try:
+            return self.select(coder, indices, settings)
+        except InputError:  # any other that is wrong is so of random ones too
+            return self.select(coder, indices, dataclasses.replace(settings, examples=plain))
+
     def _hard(self, coder: str, indices: Sequence[int], settings: RunConfig) -> Mapping[Negative, Proxy]:
         """Return what finds the kinds of hard negatives; made once for all latents that a run interprets."""
         from exegete.hard_negatives import proxies_of, rules_in
@@ -141,7 +152,7 @@ class Run:
             if "near_miss" in settings.examples.negatives and (self.folder / "results.db").is_file():
                 results = self.results()
                 try:
-                    rules = rules_in(results, coder) or None
+                    rules = rules_in(results, coder)
                 finally:
                     results.close()
             made = proxies_of(store, settings, latents, rules=rules, embeddings=self.corpus_folder / "embeddings")
@@ -172,7 +183,7 @@ class Run:
         """Return a function from a latent to its examples (None when it was skipped), for the report."""
 
         def find(latent: LatentId) -> ExampleSet | None:
-            chosen = self.select(latent.coder, [latent.index], config)[0]
+            chosen = self.preview(latent.coder, [latent.index], config)[0]
             return None if isinstance(chosen, Skipped) else chosen
 
         return find

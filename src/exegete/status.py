@@ -43,7 +43,8 @@ def _spent(run: Run) -> list[dict[str, Any]]:
 def _count_results(run: Run, coders: dict[str, Any]) -> None:
     results = run.results()
     try:
-        explained, scored, skipped = (results.table(t) for t in ("explanations", "scores", "skips"))
+        explained, scored = (results.table(t) for t in ("explanations", "scores"))
+        skipped = results.skips()
     finally:
         results.close()
     for name, entry in coders.items():
@@ -58,9 +59,7 @@ def _count_results(run: Run, coders: dict[str, Any]) -> None:
             if c == name and control == "none"
         }
         entry["scored"] = dict(sorted(Counter(str(scorer) for scorer, _ in pairs).items()))
-        entry["skipped"] = dict(
-            Counter(str(r) for c, r in zip(skipped["coder"], skipped["reason"], strict=True) if c == name)
-        )
+        entry["skipped"] = dict(Counter(s.reason for s in skipped if s.latent.coder == name))
 
 
 def status_text(found: dict[str, Any]) -> str:

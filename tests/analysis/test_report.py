@@ -259,13 +259,14 @@ def test_windows_show_every_strength_and_judgement(tmp_path: Path) -> None:
             activations=np.array(values, dtype=np.float32),
             document=row,
             inclusion_probability=1.0,
+            multiplicity=1 + row,
         )
 
     chosen = ExampleSet(
         latent=latent,
         examples=(
             window(0, "train", [0, 2.0, 0, 0, 0, 0.01], "top"),
-            window(1, "test", [0, 1.0, 0, 4.0, 0, 0], "decile_0"),
+            window(1, "test", [0, 1.0, 0, 4.0, 0, 0], "bin_0"),
             window(2, "test", [0, 0, 0, 0, 0, 0], "silent"),
         ),
         maximum=2.0,
@@ -298,10 +299,12 @@ def test_windows_show_every_strength_and_judgement(tmp_path: Path) -> None:
     assert '<span class="t a5" title="1.000 · token 1"> the</span>' in firing[0]
     assert '<span class="t a10 peak" title="4.000 · token 3"><i>····</i></span>' in firing[0]
     assert '<span class="wrong" title="judge said no (P(yes) 0.25); it fires">detection ✗</span>' in firing[1]
-    assert "4.00 · decile 1 · row 1:32" in firing[1]
     assert '<span class="ok" title="judge said no; it does not fire">detection ✓</span>' in silent[1]
     assert '<span class="failed" title="unparsed; it does not fire">detection ?</span>' in silent[1]
     assert 'class="t ' not in silent[0]
+    assert "<span>2.00 · top · row 0:32</span>" in train[1]
+    assert "<span>4.00 · bin 1 · one of 2 alike · row 1:32</span>" in firing[1]
+    assert "<span>silent · one of 3 alike · row 2:32</span>" in silent[1]
 
 
 def hostile_run(folder: Path) -> tuple[Results, TokenTable, ExampleSet]:

@@ -289,4 +289,5 @@ def test_names_of_coders_and_strata() -> None:
         "decile_10",
         "silent",
     ]
-    assert [stratum_text(n) for n in ("decile_0", "same_token", "silent")] == ["decile 1", "same token", "silent"]
+    names = ("decile_0", "bin_9", "same_token", "silent")
+    assert [stratum_text(n) for n in names] == ["decile 1", "bin 10", "same token", "silent"]

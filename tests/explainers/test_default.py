@@ -99,10 +99,26 @@ def test_a_good_reply_is_an_explanation_that_names_its_prompt_and_examples(make_
 
 def test_a_reply_without_the_marker_is_a_state_and_no_sentinel_text(make_view: Make) -> None:
     # released code: the literal text "Explanation could not be parsed." was scored
-    explanation = one(make_view(2, ScriptedClient(["It is about cats. " * 300])))
+    client = ScriptedClient(["It is about dogs.", "It is about cats. " * 300])
+    explanation = one(make_view(2, client))
     assert (explanation.text, explanation.status) == (None, "unparsed")
     assert "[EXPLANATION]" in explanation.detail["reason"]
     assert explanation.detail["reply"] == ("It is about cats. " * 300)[:2000]
+
+
+@pytest.mark.parametrize(
+    "first", [LLMReply(text="It is about cats.", finish="stop"), LLMReply(text="", finish="length")]
+)
+def test_a_reply_that_cannot_be_read_is_asked_for_once_more(make_view: Make, first: LLMReply) -> None:
+    client = ScriptedClient([first, "[EXPLANATION]: cats"])
+    explanation = one(make_view(2, client))
+    assert (explanation.text, explanation.status) == ("cats", "ok")
+    asked, again = client.requests
+    assert again.messages[: len(asked.messages)] == asked.messages
+    said, repair = again.messages[len(asked.messages) :]
+    assert (said["role"], said["content"]) == ("assistant", first.text or "(no answer)")
+    assert repair["role"] == "user"
+    assert "[EXPLANATION]:" in repair["content"]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +130,7 @@ def test_a_reply_without_the_marker_is_a_state_and_no_sentinel_text(make_view: M
     ],
 )
 def test_refusals_and_failures_are_states(make_view: Make, reply: LLMReply, status: str, reason: str | None) -> None:
-    explanation = one(make_view(2, ScriptedClient([reply])))
+    explanation = one(make_view(2, ScriptedClient([reply] * 2)))
     assert (explanation.text, explanation.status) == (None, status)
     assert explanation.detail.get("reason") == reason
     assert explanation.examples == ((0, 4), (1, 4))

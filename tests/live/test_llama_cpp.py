@@ -73,6 +73,7 @@ def url(folder: Path) -> Iterator[str]:
     options = {
         "model": folder / "toy.gguf", "model_alias": MODEL, "host": "127.0.0.1", "port": port, "n_ctx": 4096,
         "logits_all": "true", "n_threads": 2, "chat_format": "chatml",
+        "type_k": 0, "type_v": 0,  # keys and values in float32
     }  # fmt: skip
     command = [INTERPRETER, "-m", "llama_cpp.server", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
     log = folder / "log"
@@ -223,7 +224,8 @@ def test_explaining_detecting_and_fuzzing_end_in_counted_states(client: Any) -> 
         for score in scoring.scores:
             assert score.n_total == 12
             assert score.n_scored + score.n_failed == 12
-            assert math.isnan(score.value) == (score.n_scored == 0)
+            few = score.control == "other_latent"  # one donor has a score, and makes no interval
+            assert math.isnan(score.value) == (few or score.n_scored == 0)
         judged = [judgement for part in scoring.judgements.values() for judgement in part]
         assert len(judged) == 24
         assert {j.status for j in judged} <= {"ok", "unparsed", "failed", "refused"}

@@ -18,14 +18,16 @@ from typing import Any
 import pytest
 
 from exegete.config import LLMConfig
-from exegete.errors import CorruptError, LLMError
+from exegete.errors import BudgetError, CorruptError, LLMError
 from exegete.files import fault_hook
 from exegete.llm.backend import TransientError
 from exegete.llm.batches import BatchBackend
 from exegete.llm.calling import Caller
 from exegete.llm.open import client_from_spec
 from exegete.llm.openai_endpoint import parse_spec
+from exegete.llm.prices import Price
 from exegete.llm.replies import request_key
+from exegete.llm.spending import Spending, most_prompt_tokens
 from exegete.types import LLMReply, LLMRequest
 
 Result = dict[str, Any]
@@ -332,6 +334,46 @@ def test_a_run_asks_in_files_and_pays_half(tmp_path: Path) -> None:
         assert (tmp_path / "batches").is_dir()
 
 
+def test_collecting_what_was_sent_needs_no_more_budget(tmp_path: Path) -> None:
+    # The batch stood on the ledger at its worst case, and was to be reserved once more: it was never collected.
+    request = chat("hello", max_tokens=50)
+    worst = most_prompt_tokens(request) + 50
+
+    def caller(spec: str) -> Caller:
+        spending = Spending(tmp_path / "ledger.db", model=spec, price=None, budget_tokens=worst + 10)
+        return Caller(opened(spec, tmp_path), spending=spending, retries=0)
+
+    def stop(point: str) -> None:
+        if point == "batch begun":
+            raise KeyboardInterrupt
+
+    service = Service()
+    with running(service) as spec:
+        with pytest.raises(KeyboardInterrupt), fault_hook(stop):
+            ask(caller(spec), request)
+        again = caller(spec)
+        assert texts(ask(again, request)) == ["re hello"]
+        assert service.worked == {"hello": 1}
+        assert again.spending is not None
+        found = {total.outcome: total.prompt_tokens + total.completion_tokens for total in again.spending.totals()}
+        assert found == {"lost": worst, "cached": 10}
+        assert isinstance(ask(again, chat("another", max_tokens=50))[0], BudgetError)
+        again.end()
+
+
+def test_direct_questions_are_paid_in_full_where_the_rest_is_half_price() -> None:
+    price = Price(input=1.0, cached=0.5, output=4.0)
+    spending = Spending(":memory:", model="m", price=price, batch=True)
+    reply = LLMReply(text="x", finish="stop", prompt_tokens=10, completion_tokens=5)
+
+    async def paid(stage: str) -> float | None:
+        return spending.settle(await spending.reserve(chat("x", stage=stage)), reply)
+
+    dollars = {stage: asyncio.run(paid(stage)) for stage in ("probe", "check", "explain")}
+    assert dollars == pytest.approx({"probe": 30e-6, "check": 30e-6, "explain": 15e-6})
+    spending.close()
+
+
 def test_a_batch_left_under_way_is_collected_by_the_next_run_beside_new_requests(tmp_path: Path) -> None:
     service = Service(polls=10**9)
     with running(service) as spec:
@@ -458,7 +500,7 @@ def test_a_batch_that_is_refused_as_a_whole(code: str, kind: type, tmp_path: Pat
         assert texts(ask(opened(spec, tmp_path), chat("a"))) == ["re a"]
 
 
-@pytest.mark.parametrize(("status", "hint"), [(404, "--batch"), (401, "EXEGETE_API_KEY"), (400, "--batch")])
+@pytest.mark.parametrize(("status", "hint"), [(404, "--llm-batch"), (401, "EXEGETE_API_KEY"), (400, "--llm-batch")])
 def test_a_server_without_batch_files_says_so_in_one_line(status: int, hint: str, tmp_path: Path) -> None:
     service = Service(trouble=lambda method, path: (status, {"error": {"message": "no"}}))
     with running(service) as spec:

@@ -258,7 +258,7 @@ def test_requests_in_any_minute_stay_within_the_limit_and_use_it(
     run_virtual: Any, limit: int, n: int, delay: float
 ) -> None:
     sent: list[tuple[float, float]] = []
-    limits = Limits(64, requests_per_minute=limit)
+    limits = Limits(64, requests_per_minute=limit, adapt=False)
 
     async def one() -> None:
         slot = await limits.acquire()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import sys
 import threading
 import types
@@ -332,6 +333,25 @@ def test_the_model_is_named_on_the_command_line_and_its_replies_are_kept(
     assert [r.text for r in first] == [r.text for r in second]
     assert {r.finish for r in first} == {"stop"}
     assert all(r.cached for r in second)
+
+
+def test_replies_of_one_folder_are_not_those_of_another_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(where: Path, model: str) -> str:
+        monkeypatch.chdir(where)
+        return TransformersBackend(model).identity
+
+    for name in ("a", "b"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model" / "config.json").write_text(name * len(name) * 3)
+    os.utime(tmp_path / "a" / "model" / "config.json", (1, 1))
+    first = key(tmp_path / "a", "model")
+    assert key(tmp_path / "b", "model") != first
+    assert key(tmp_path, str(tmp_path / "a" / "model")) == first == key(tmp_path / "a", "./model")
+    os.utime(tmp_path / "a" / "model" / "config.json", (2, 2))
+    assert key(tmp_path / "a", "model") != first
+    assert key(tmp_path, "org/model") == "hf/org/model"
 
 
 def test_a_model_that_breaks_says_so_in_one_line(

@@ -8,6 +8,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -553,9 +554,12 @@ def honest(path: str, asked: dict[str, Any]) -> Any:
     if path.endswith("/chat/completions"):
         if "response_format" in asked:
             return 200, chat('{"exegete": "ready"}')
-        return 200, with_logprobs("hi", {"token": "hi", "logprob": -0.5}) if "logprobs" in asked else chat("hi")
+        likely = [{"token": "hi", "logprob": -0.5}, {"token": "yo", "logprob": -1.0}]
+        token = {"token": "hi", "logprob": -0.5, "top_logprobs": likely[: asked.get("top_logprobs", 0)]}
+        return 200, with_logprobs("hi", token) if "logprobs" in asked else chat("hi")
     lengths = [len(asked["prompt"]), 1]
     given = {"tokens": [asked["prompt"], "!"], "token_logprobs": [-3.0, -1.0], "text_offset": [0, lengths[0]]}
+    given["top_logprobs"] = [None, {"!": -1.0, "?": -2.0}]
     return 200, completion(asked["prompt"] + "!", logprobs=given)
 
 
@@ -577,6 +581,32 @@ def completions_only(path: str, asked: dict[str, Any]) -> Any:
     return (404, {}) if path.endswith("/chat/completions") else honest(path, asked)
 
 
+def gives_five(path: str, asked: dict[str, Any]) -> Any:
+    """As services do that give few alternatives, and refuse to be asked for more."""
+    if asked.get("top_logprobs", 0) > 5:
+        return 400, {"error": {"message": "top_logprobs must be between 0 and 5"}}
+    return honest(path, asked)
+
+
+def gives_none(path: str, asked: dict[str, Any]) -> Any:
+    """Probabilities of what was chosen, and none of what it was chosen over."""
+    if "top_logprobs" in asked:
+        return 400, {"error": {"message": "unknown argument top_logprobs"}}
+    return chats_only(path, asked)
+
+
+def thinks(path: str, asked: dict[str, Any]) -> Any:
+    if "top_logprobs" not in asked:
+        return chats_only(path, asked)
+    words = ["<think>", *["hm "] * 20, "</think>", "hi"][: asked["max_tokens"]]
+    tokens = [
+        {"token": w, "logprob": -0.5, "top_logprobs": [{"token": t, "logprob": -1} for t in (w, "?")]} for w in words
+    ]
+    body = with_logprobs("".join(words), *tokens)
+    body["choices"][0]["finish_reason"] = "length" if asked["max_tokens"] < 23 else "stop"
+    return 200, body
+
+
 EVERYTHING = {"chat": True, "completions": True, "logprobs": True, "prompt_logprobs": True, "schema": True}
 
 
@@ -588,6 +618,9 @@ EVERYTHING = {"chat": True, "completions": True, "logprobs": True, "prompt_logpr
         (llama, (), "json_object"),
         (chats_only, ("completions", "prompt_logprobs"), "json_schema"),
         (completions_only, ("chat", "schema"), "json_schema"),
+        (gives_five, (), "json_schema"),
+        (gives_none, ("logprobs", "completions", "prompt_logprobs"), "json_schema"),
+        (thinks, ("completions", "prompt_logprobs"), "json_schema"),
     ],
 )
 def test_capabilities_are_seen_and_not_believed(serving: Any, answer: Any, missing: Any, form: str) -> None:
@@ -606,8 +639,16 @@ def test_capabilities_are_seen_and_not_believed(serving: Any, answer: Any, missi
             send(client, request(schema={"type": "object"}))
             assert format_of(seen[-1]) == form
     assert first == second == Capabilities(**{k: v and k not in missing for k, v in EVERYTHING.items()})
-    assert asked <= 7
+    assert asked <= 8
     assert all(s["body"]["max_tokens"] >= 1 for s in seen)
+
+
+def test_where_twenty_alternatives_are_too_many_five_are_asked_for(serving: Any) -> None:
+    # They were left out altogether, and every P(yes) with them.
+    with serving(gives_five) as (url, seen):
+        replies = send(client_of(url), request(logprobs=20), request(logprobs=20), request(logprobs=2))
+        assert [s["body"]["top_logprobs"] for s in seen] == [20, 5, 5, 2]
+        assert all(reply.logprobs and len(reply.logprobs[0].alternatives) == 2 for reply in replies)
 
 
 def test_a_refused_key_is_no_missing_capability(serving: Any) -> None:
@@ -635,6 +676,14 @@ def test_reasoning_is_left_out(text: str, answer: str) -> None:
     assert without_reasoning(text) == answer
 
 
+@pytest.mark.parametrize("value", ["schlüssel-sehr-geheim", "two\nlines"])
+def test_a_key_that_cannot_be_sent_is_refused_without_repeating_it(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXEGETE_API_KEY", value)
+    with pytest.raises(InputError, match="EXEGETE_API_KEY") as caught:
+        client_from_spec("http://127.0.0.1:9#m", LLMConfig())
+    assert value not in str(caught.value)
+
+
 # -- the check --------------------------------------------------------------------------------------------------------
 
 
@@ -647,6 +696,13 @@ def test_a_listed_model_passes(serving: Any, name: str) -> None:
     with serving(lambda path, asked: (200, listing("other", name))) as (url, seen):
         asyncio.run(client_of(url).check())
     assert [s["path"] for s in seen] == ["/v1/models"]
+
+
+def test_a_model_with_a_routing_suffix_passes(serving: Any) -> None:
+    endpoint = parse_spec("http://127.0.0.1:1#toy:nitro")
+    assert endpoint is not None
+    with serving(lambda path, asked: (200, listing("toy"))) as (url, _):
+        asyncio.run(OpenAIBackend(replace(endpoint, base_url=f"{url}/v1")).check())
 
 
 def test_a_missing_model_is_refused_with_the_listed_ones(serving: Any) -> None:

@@ -262,6 +262,18 @@ def test_neighbours_that_do_not_fit_together_are_refused(change: dict[str, Array
         dataclasses.replace(some(), **change)  # type: ignore[arg-type]
 
 
+def test_neighbours_of_other_latents_are_added() -> None:
+    others = dataclasses.replace(some(), indices=some().indices + 100)
+    both = some().with_others(others)
+    assert both.indices.tolist() == [*some().indices.tolist(), *others.indices.tolist()]
+    np.testing.assert_array_equal(both.of(others.indices), others.neighbours)
+    np.testing.assert_array_equal(both.similarity[: len(some())], some().similarity)
+    with pytest.raises(InputError, match="twice"):
+        some().with_others(some())
+    with pytest.raises(InputError, match="joined"):
+        some().with_others(dataclasses.replace(others, kind="encoder"))
+
+
 def test_a_saved_table_comes_back_under_its_key_alone(tmp_path: Path) -> None:
     assert load_neighbours(tmp_path, "decoder", "k1") is None
     save_neighbours(tmp_path / "deep", some(), "k1")

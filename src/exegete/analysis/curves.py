@@ -53,9 +53,9 @@ def judged_curves(
 
 
 def stratum_text(name: str) -> str:
-    """Return a stratum's name for people: ``decile_0``, the strongest, is decile 1."""
-    found = re.fullmatch(r"decile_(\d+)", name)
-    return f"decile {int(found[1]) + 1}" if found else name.replace("_", " ")
+    """Return a stratum's name for people: ``decile_0`` and ``bin_0``, the strongest, are decile 1 and bin 1."""
+    found = re.fullmatch(r"(decile|bin)_(\d+)", name)
+    return f"{found[1]} {int(found[2]) + 1}" if found else name.replace("_", " ")
 
 
 def stratum_order(name: str) -> tuple[str, int, str]:

@@ -282,8 +282,9 @@ def _curves(coder: CoderSummary, explainer: ExplainerSummary) -> _Group:
             missing = Interval(value=math.nan, low=math.nan, high=math.nan, method="", n=0)
             style, label = ("r-trained", "own explanation") if curve.control == "none" else ("null", "other latents’")
             lines.append(Line(label=label, style=style, points=tuple(points.get(n, missing) for n in names)))
-        places = [stratum_text(n).removeprefix("decile ") for n in names]
-        svg = curves(lines, places, "decile of firing windows, 1 the strongest")
+        part = names[0].partition("_")[0]  # deciles of rank, or bins of value
+        places = [stratum_text(n).removeprefix(f"{part} ") for n in names]
+        svg = curves(lines, places, f"{part} of firing windows, 1 the strongest")
         figures.append(_figure(f"{s.scorer.capitalize()}: sensitivity", svg, _specificity_words(s), s.judge))
     if explainer.mass:
         line = Line(label="share of activation mass the rule covers", style="r-trained", points=explainer.mass)

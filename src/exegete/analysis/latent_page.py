@@ -118,6 +118,9 @@ def _facts(stats: LatentStats, examples: ExampleSet | None) -> list[tuple[str, s
     if examples is not None:
         facts.append(("firing rate per test window", small(examples.firing_rate)))
         facts.append(("test windows in the frame", f"{examples.frame:,}"))
+        if len(examples.strata) > 1:
+            sizes = ", ".join(f"{stratum_text(name)} {size:,}" for name, size in examples.strata)
+            facts.append(("silent ones, by kind (near-duplicates once)", sizes))
     return facts
 
 
@@ -177,10 +180,11 @@ def _is_wrong(judgement: Judgement) -> bool:
 def _window(example: Example, maximum: float, judged: Judged, table: TokenTable) -> dict[str, Any]:
     stratum = stratum_text(example.stratum)
     strength = f"{example.maximum:.2f} · {stratum}" if example.fires else stratum
+    alike = f" · one of {example.multiplicity} alike" if example.multiplicity > 1 else ""
     return {
         "parts": _parts(example, maximum, table),
         "marks": [_mark(scorer, j) for scorer, j in judged.get((example.row, example.start), ())],
-        "note": f"{strength} · row {example.row}:{example.start}",
+        "note": f"{strength}{alike} · row {example.row}:{example.start}",
     }
 
 

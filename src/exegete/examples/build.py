@@ -24,11 +24,13 @@ from exegete.examples.proxy import Proxy
 from exegete.examples.select import Draw, chosen_for_certain, draw, rank
 from exegete.examples.split import CODES
 from exegete.examples.windows import activations, centred
+from exegete.store.reading import runs
 from exegete.types import STRATA, Array, ExampleSet, LatentId, Skipped, Split, Windows
 
 __all__ = ["StoreData", "select", "select_many"]
 
 _BLOCK: Final = 64
+_FIRINGS: Final = 1 << 24  # of a block, unless one latent alone has more; they take some 80 bytes each
 _PAIRS: Final = 1 << 26  # (latent, test window) pairs of a block at most, where lists may be that long
 _TRAIN, _TEST, _SILENT, _ORDER = range(4)  # which of a latent's keys decides what
 _ALL_BITS: Final = np.uint64(0xFFFFFFFF)
@@ -71,8 +73,8 @@ def select_many(
     settings = ExampleConfig() if config is None else config
     job = _Job(data, settings, seed, data.name if coder is None else coder, proxies)
     chosen: list[ExampleSet | Skipped] = []
-    for start in range(0, len(indices), job.size):
-        chosen.extend(job.block([int(i) for i in indices[start : start + job.size]]))
+    for start, stop in runs(data.counts(indices), _FIRINGS, job.size):
+        chosen.extend(job.block([int(i) for i in indices[start:stop]]))
     return chosen
 
 

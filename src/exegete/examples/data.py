@@ -14,7 +14,7 @@ from exegete.errors import MismatchError
 from exegete.examples.clusters import Clusters, clusters
 from exegete.examples.draws import starts_of
 from exegete.examples.fired import Block, Recorded, gathered
-from exegete.examples.split import CODES, CorpusLike
+from exegete.examples.split import CODES, GAP, CorpusLike
 from exegete.examples.windows import Frame, Lookup, frame, joined, lookup
 from exegete.store.store import Store
 from exegete.tokens import TokenTable
@@ -72,6 +72,7 @@ class StoreData(SplitData):
     A row that holds documents of several splits belongs to each of them, with the text of the others taken out of its
     documents and its mask. A document that a cut divides (``split_segments`` cuts only when there are few documents)
     counts as one document per segment from here on, numbered after all others: no two splits share a document.
+    Rows that a store has not come to yet are of no split.
     ``store`` and ``segment_split`` are what it was made from, ``folder`` where the store lies on disk, None when it
     does not.
     """
@@ -83,6 +84,8 @@ class StoreData(SplitData):
             raise MismatchError(
                 f"a split of shape {segment_split.shape} does not fit a corpus of {len(segments)} segments"
             )
+        if isinstance(store, Store):  # of rows still to be collected it knows nothing, silence least of all
+            segment_split = np.where(segments[:, 0] < store.manifest.row_stop, segment_split, np.int8(GAP))
         self.store: Final = store
         self.segment_split: Final = segment_split
         self.folder: Final = store.folder.resolve() if isinstance(store, Store) else None
@@ -199,6 +202,14 @@ class StoreData(SplitData):
     def documents_at(self, places: Array) -> Array:
         """Return the document of each of these flat places (row * length + position)."""
         return self._named(self.segment_of(places))
+
+    def counts(self, indices: Sequence[int]) -> Array:
+        """Return how often each of some latents fires, as far as it is known without reading them (else 0)."""
+        at = np.array([int(i) for i in indices], np.int64)
+        if not isinstance(self.store, Store) or not ((at >= 0) & (at < self.store.width)).all():
+            return np.zeros(len(at), np.int64)  # latents that are not there are refused when they are read
+        found: Array = self.store.counts[at]
+        return found
 
     def recorded(self, indices: Sequence[int]) -> Recorded:
         """Return all firings of some latents; runs of neighbours are read at once."""

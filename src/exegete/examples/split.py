@@ -120,7 +120,9 @@ def split_segments(corpus: CorpusLike, *, seed: int, test_share: float, duplicat
     for split in ("train", "test"):
         if not (segments == CODES[split]).any():
             largest = cluster_counts(clusters).largest
-            alike = f", {largest} of them near-duplicates of one another" if largest > 1 else ""
+            alike = (
+                f", {largest} of them near-duplicates of one another (see examples.duplicates)" if largest > 1 else ""
+            )
             raise InputError(
                 f"no row is left for the {split} split of {len(documents)} documents in {len(np.unique(rows))} rows"
                 f"{alike}; give more text, another test_share than {test_share}, or another seed"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 from exegete.errors import ConfigError, InputError
@@ -20,12 +21,18 @@ from exegete.views import LatentView, Need
 
 _MARKER = re.compile(r"[*_#`]*\[[*_ ]*EXPLANATION[*_ ]*\][*_`]*[ \t]*:?[*_`]*:?", re.IGNORECASE)
 KEPT_REPLY = 2000  # characters of an unparsed reply that are kept to look at
+_REPAIR = (
+    "Your answer has no line that begins with [EXPLANATION]: and says what the marked text has in common. Answer again "
+    "with that one line and nothing else."
+)
 _NOTHING = "no firing train window to show"
 
 
 @final
 class DefaultExplainer(Explainer):
     """Shows up to ``n_examples`` firing train windows with marks and strengths; one request per latent.
+
+    A reply without an explanation is asked for once more; after that the latent is ``unparsed``.
 
     Tokens above ``threshold`` of their window's maximum are marked. Strengths run from 0 to 10 relative to the latent's
     maximum.
@@ -92,7 +99,12 @@ class DefaultExplainer(Explainer):
         shown = self._shown(view)
         if not len(shown):
             return self._explanation(view, shown, None, "failed", {"reason": _NOTHING})
-        reply = await llm.reply(self._request(view, shown))
+        request = self._request(view, shown)
+        reply = await llm.reply(request)
+        if reply.finish in ("stop", "length") and parse_explanation(reply.text or "") is None:
+            said = reply.text or "(no answer)"  # several chat templates refuse an empty message
+            repair = ({"role": "assistant", "content": said}, {"role": "user", "content": _REPAIR})
+            reply = await llm.reply(replace(request, messages=(*request.messages, *repair)))
         detail = {
             "model": llm.name,
             "finish": reply.finish,

@@ -60,10 +60,10 @@ def export_delphi(
     """Write a run's firings, explanations and judgements as a folder of delphi, in bounded memory.
 
     ``coders`` are by default all but the nulls. A coder goes by its hookpoint, or by its own name where another of
-    those exported has the same hookpoint. Of a latent with several explanations, the one of the newest explainer is
-    written, with its judgements by detection and fuzzing. ``config`` tells the window that was judged, by default the
-    run's own. Raises InputError when ``out`` is not empty, a store is unfinished, or there is nothing to export;
-    NotFoundError for an unknown coder.
+    those exported has the same hookpoint. Of a latent with several explanations, the one of the newest explainer that
+    was judged is written (or of the newest, where none was), with its judgements by detection and fuzzing. ``config``
+    tells the window that was judged, by default the run's own. Raises InputError when ``out`` is not empty, a store is
+    unfinished, or there is nothing to export; NotFoundError for an unknown coder.
     """
     settings = run.config if config is None else config
     exported = _named(run, coders)

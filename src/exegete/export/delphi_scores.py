@@ -24,7 +24,10 @@ _NEGATIVE = -1.0  # the distance that delphi gives to silent windows
 
 
 def write_findings(results: Results, work: Path, name: str, store: Store, window: int) -> set[str]:
-    """Write the explanations of the newest explainer and their judgements; return delphi's names of the scorers.
+    """Write the explanations of an explainer and their judgements; return delphi's names of the scorers.
+
+    It is the newest whose explanations were judged, or else the newest: near misses are made from rules that nobody
+    judged, found after the explanations that were.
 
     What has no explanation (refused, unparsed, failed) gets no file: delphi would take any text for one. A judgement
     that failed has neither prediction nor correctness, as in delphi's own files.
@@ -32,7 +35,7 @@ def write_findings(results: Results, work: Path, name: str, store: Store, window
     explainers = results.explainers(store.name)
     if not explainers:
         return set()
-    key = explainers[-1][0]
+    key = next((key for key, _ in reversed(explainers) if _judged(results, store.name, key)), explainers[-1][0])
     explained = set()
     for explanation in results.explanations(store.name, key=key).values():
         if explanation.text is not None:
@@ -45,6 +48,11 @@ def write_findings(results: Results, work: Path, name: str, store: Store, window
                 found.add(folder)
                 _write(work / "scores" / folder, name, latent.index, _samples(judged, store, latent.index, window))
     return found
+
+
+def _judged(results: Results, coder: str, key: str) -> bool:
+    found = (results.judgement_columns(coder, scorer, explainer=key) for scorer in SCORERS)
+    return any(next(judged, None) is not None for judged in found)
 
 
 def _write(folder: Path, name: str, index: int, data: Any) -> None:

@@ -11,6 +11,8 @@ from exegete.errors import LLMError
 from exegete.types import LLMReply, LLMRequest
 
 Send = Callable[[LLMRequest], Awaitable[LLMReply]]
+DIRECT = ("probe", "check")
+"""Stages of what a server is asked about itself: at once and at its full price, also where the rest goes in files."""
 
 
 @final
@@ -18,9 +20,9 @@ Send = Callable[[LLMRequest], Awaitable[LLMReply]]
 class Capabilities:
     """What a model was seen to do; what was not seen is False.
 
-    ``chat`` answers messages and ``completions`` goes on with a prompt; ``logprobs`` come with generated tokens,
-    ``prompt_logprobs`` with the tokens of a prompt; ``schema``: replies follow a JSON schema because the server holds
-    them to it.
+    ``chat`` answers messages and ``completions`` goes on with a prompt; ``logprobs`` come with generated tokens and
+    their alternatives, ``prompt_logprobs`` with the tokens of a prompt; ``schema``: replies follow a JSON schema
+    because the server holds them to it.
     """
 
     chat: bool = True
@@ -62,6 +64,11 @@ class Backend(ABC):
         """The model as named on the command line, without keys."""
 
     @property
+    def identity(self) -> str:
+        """What kept replies are the model's by: its name, with more where one name may stand for several models."""
+        return self.name
+
+    @property
     def unlimited(self) -> bool:
         """Whether any number of requests may wait for any time, as in batch files."""
         return False
@@ -74,6 +81,10 @@ class Backend(ABC):
         would not mend. Raises TransientError for what another attempt may mend, any other LLMError for what no further
         call can mend (a refused key, an unknown model).
         """
+
+    def collects(self, request: LLMRequest) -> bool:
+        """Return whether a request was sent, and paid for, by an earlier attempt, so that ``send`` only collects it."""
+        return False
 
     @abstractmethod
     async def check(self) -> None:

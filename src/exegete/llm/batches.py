@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, final
 
 from exegete.errors import LLMError
 from exegete.files import fault_point
-from exegete.llm.backend import Backend, Capabilities, Send, TransientError
+from exegete.llm.backend import DIRECT, Backend, Capabilities, Send, TransientError
 from exegete.llm.batch_files import BatchFolder, SentBatch
 from exegete.llm.gathering import Gathering
 from exegete.llm.openai_api import OpenAIBackend
@@ -38,7 +38,6 @@ _POLL = (5.0, 60.0)
 _PATIENCE = 20
 """Looks in a row that may fail before the requests do; the batch goes on, and a later run collects it."""
 _ENDED = ("completed", "expired", "cancelled", "failed")
-_ONLINE = ("probe", "check")
 _FILTERED = ("content_filter", "content_policy", "moderation")
 
 
@@ -109,7 +108,7 @@ class BatchBackend(Backend):
         Raises TransientError for what another file may mend; LLMError where the server takes no batch files, refuses
         the key or the whole file; CorruptError when a file of the folder is damaged.
         """
-        if request.stage in _ONLINE:
+        if request.stage in DIRECT:
             return await self._online.send(request)
         key = request_key(self.name, request)
         line = self._kept.answer(key)
@@ -118,6 +117,13 @@ class BatchBackend(Backend):
             failures = await self._outcome(batch)
             line = self._kept.answer(key) or failures.get(key, {})
         return self._read(key, request, line)
+
+    def collects(self, request: LLMRequest) -> bool:
+        """Return whether a request is in a batch under way, or was answered in one that ended."""
+        if request.stage in DIRECT:
+            return False
+        key = request_key(self.name, request)
+        return self._kept.pending(key) is not None or self._kept.answer(key) is not None
 
     async def check(self) -> None:
         """Ask the server for its models. Raises LLMError or NotFoundError as ``OpenAIBackend`` does."""
@@ -278,12 +284,12 @@ class BatchBackend(Backend):
         if not isinstance(status, int) or status in (408, 409, 425, 429) or status >= 500:
             raise TransientError(reason, status=status if isinstance(status, int) else None, unpaid=True)
         if any(word in text.lower() for word in _FILTERED):
-            return LLMReply(text="", finish="refused")
+            return LLMReply(text="", finish="refused", prompt_tokens=0, completion_tokens=0)
         if self._manners.learn(status, text, sent):
             raise TransientError(reason, status=status, unpaid=True)
         if status in (401, 402, 403, 404):
             raise LLMError(reason)
-        return LLMReply(text=None, finish="error", error=reason)
+        return LLMReply(text=None, finish="error", error=reason, prompt_tokens=0, completion_tokens=0)
 
     def _passes(self, error: OpenAIError) -> bool:
         """Tell whether a failure may pass: no answer, or a server that is busy or broken."""
@@ -301,7 +307,7 @@ class BatchBackend(Backend):
         if status in (401, 403):
             hint = f"set {self._endpoint.key_variable} to a valid key"
         else:
-            hint = "does it take batch files? else leave out llm.batch (--batch)"
+            hint = "does it take batch files? else leave out llm.batch (--llm-batch)"
         raise LLMError(self._clean(f"{where} does not {what} ({status}: {error}); {hint}")) from None
 
     def _clean(self, text: str) -> str:

@@ -100,7 +100,7 @@ class Caller(LLMClient):
             return await self._answer(request, None)
         from exegete.llm.replies import request_key
 
-        key = request_key(self.name, request)
+        key = request_key(self._backend.identity, request)
         kept = await self._replies.claim(key)
         if kept is not None:
             if self._spending is not None:
@@ -175,9 +175,12 @@ class Caller(LLMClient):
 
     async def _attempt(self, request: LLMRequest, key: str | None) -> LLMReply:
         spending = self._spending
-        if spending is None:
+        if spending is None or self._backend.collects(request):
+            # What an earlier attempt paid for stands on the ledger since then, where nobody came back to settle it.
             reply = await self._backend.send(request)
             self._keep(key, reply)
+            if spending is not None:
+                spending.cached(reply, request.stage)
             return reply
         entry = await spending.reserve(request, self._backend.count(request))
         fault_point("request reserved")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from exegete.errors import LLMError
 from exegete.llm.backend import Capabilities
@@ -114,8 +117,60 @@ def run_limited(
 ) -> Iterator[tuple[T, R]]:
     """Do what ``gather_limited`` does from synchronous code, yielding results as they come.
 
-    ``finish`` is awaited at the end in the same loop, however it ends: connections belong to their loop.
+    ``finish`` is awaited at the end in the same loop, however it ends: connections belong to their loop. Where a loop
+    is running in this thread already, as in a notebook, another thread does it.
     """
+    if not _loop_is_running():
+        yield from _run_here(items, work, limit, finish)
+        return
+    arrived: SimpleQueue[tuple[T, R] | BaseException | None] = SimpleQueue()
+    unwanted = threading.Event()
+
+    def drive() -> None:
+        try:
+            with closing(_run_here(items, work, limit, finish)) as results:
+                for result in results:
+                    arrived.put(result)
+                    if unwanted.is_set():
+                        break
+            arrived.put(None)
+        except BaseException as error:  # noqa: BLE001 - raised where it is awaited
+            arrived.put(error)
+
+    thread = threading.Thread(target=drive, daemon=True)
+    thread.start()
+    try:
+        while (result := arrived.get()) is not None:
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    finally:
+        unwanted.set()
+        thread.join()
+
+
+def run_to_end(work: Callable[[], Coroutine[Any, Any, R]]) -> R:
+    """Return what a coroutine function gives, from synchronous code; in a notebook too, as ``run_limited`` does."""
+    if not _loop_is_running():
+        return asyncio.run(work())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(work())).result()
+
+
+def _loop_is_running() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _run_here(
+    items: Sequence[T],
+    work: Callable[[T], Awaitable[R]],
+    limit: int,
+    finish: Callable[[], Awaitable[None]] | None,
+) -> Generator[tuple[T, R], None, None]:
     arrived: list[tuple[T, R]] = []
     with asyncio.Runner() as runner:
         stream = gather_limited(items, work, limit)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
 from exegete.errors import ExegeteError, InputError, LLMError
 from exegete.llm.backend import Backend, Capabilities
 from exegete.llm.gathering import Gathering
-from exegete.llm.tokenised import added_tokens, prompt_ids, spoken
+from exegete.llm.tokenised import added_tokens, folder_identity, prompt_ids, spoken
 from exegete.types import LLMReply, LLMRequest
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ class TransformersBackend(Backend):
     def name(self) -> str:
         """The model as named on the command line."""
         return f"hf/{self._model}"
+
+    @cached_property
+    def identity(self) -> str:
+        """The name; of a folder, what lies in it: others may stand under the same path, and change."""
+        return folder_identity(self._model) or self.name
 
     @property
     def unlimited(self) -> bool:

@@ -98,13 +98,11 @@ def _spending(spec: str, config: LLMConfig, folder: Path | None) -> Spending:
     from exegete.llm.prices import load_prices
     from exegete.llm.spending import Spending
 
-    price = load_prices(config.prices).price_of(spec)
-    if price is not None and config.batch:
-        price = price.in_batch()
     return Spending(
         ":memory:" if folder is None else folder / LEDGER,
         model=spec,
-        price=price,
+        price=load_prices(config.prices).price_of(spec),
+        batch=config.batch,
         budget=config.budget,
         budget_tokens=config.budget_tokens,
     )

@@ -113,7 +113,8 @@ class OpenAIBackend(Backend):
             # A server without this route may still complete chats.
             known = model_names(content) if status < 400 else ()
             model = self._endpoint.model
-            if known and model not in known and f"{model}:latest" not in known:
+            # Ollama lists llama3:latest for llama3, OpenRouter org/model alone for org/model:nitro.
+            if known and not {model, f"{model}:latest", model.rpartition(":")[0]} & {*known}:
                 raise unknown(f"model at {self._endpoint.base_url}", model, known)
             if not known:
                 await self._ready()

@@ -40,6 +40,8 @@ class Endpoint:
         value = os.environ.get(self.key_variable, "").strip()
         if not value and self.key_required:
             raise InputError(f"{self.spec} needs a key; set {self.key_variable} in the environment")
+        if not value.isascii() or not value.isprintable():
+            raise InputError(f"{self.key_variable} holds no key: it has characters that no key has; set it anew")
         return value or NO_KEY
 
 

@@ -12,6 +12,8 @@ from exegete.types import LLMRequest
 Form = Literal["json_schema", "json_object", "none"]
 FORMS: tuple[Form, ...] = ("json_schema", "json_object", "none")
 """How a schema can be given, the commonest first."""
+FEWER = 5
+"""Alternatives per token that are asked for where more are refused: several services give no more."""
 _OPTIONAL = ("temperature", "seed", "top_logprobs", "logprobs", "stop", "echo")
 _log = logging.getLogger(__name__)
 
@@ -23,11 +25,12 @@ class Manners:
 
     ``form`` is how it takes a JSON schema: as OpenAI does, as llama.cpp does (an object with its schema), or not at
     all; ``proved`` says that a request in this form was answered once. ``dropped`` holds what is left out, of chats
-    and of completions.
+    and of completions; ``most_alternatives`` is FEWER where more of a token's alternatives were refused.
     """
 
     dropped: dict[bool, set[str]] = field(default_factory=lambda: {True: set(), False: set()})
     completion_limit: bool = False
+    most_alternatives: int | None = None
     form: Form = "json_schema"
     proved: bool = False
 
@@ -44,16 +47,19 @@ class Manners:
         if request.prompt is None:
             body["messages"] = [dict(m) for m in request.messages]
             if request.logprobs:
-                body |= {"logprobs": True, "top_logprobs": request.logprobs}
+                body |= {"logprobs": True, "top_logprobs": self._alternatives(request.logprobs)}
         else:
             body["prompt"] = request.prompt
             if request.logprobs or request.prompt_logprobs:
-                body["logprobs"] = max(1, request.logprobs)
+                body["logprobs"] = max(1, self._alternatives(request.logprobs))
             if request.prompt_logprobs:
                 body["echo"] = True
         for name in self.dropped[request.prompt is None]:
             body.pop(name, None)
         return body
+
+    def _alternatives(self, wanted: int) -> int:
+        return wanted if self.most_alternatives is None else min(wanted, self.most_alternatives)
 
     def _format(self, schema: Mapping[str, Any]) -> dict[str, Any]:
         if self.form == "json_schema":
@@ -67,6 +73,10 @@ class Manners:
             return True
         if status in (400, 422) and "response_format" in sent and ("response_format" in body or "schema" in body):
             return self._other_form(sent)
+        # Of a completion, the number of alternatives is what "logprobs" says.
+        if status in (400, 422) and "logprobs" in body and _asked_alternatives(sent) > FEWER:
+            self.most_alternatives = FEWER
+            return True
         for name in _OPTIONAL:
             # OpenAI says 403 of a model that gives no log probabilities.
             if name in sent and name in body and (status in (400, 422) or (status == 403 and "logprobs" in name)):
@@ -98,6 +108,10 @@ class Manners:
         """Note that a server took a form of schema and did not hold to it."""
         if self.form == form:
             self.form, self.proved = _next(form), False
+
+
+def _asked_alternatives(sent: Mapping[str, Any]) -> int:
+    return int(sent.get("top_logprobs", 0) if "messages" in sent else sent.get("logprobs", 0))
 
 
 def _next(form: Form) -> Form:

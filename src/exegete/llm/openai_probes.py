@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from exegete.errors import BudgetError, LLMError
 from exegete.llm.backend import Capabilities, Send
@@ -10,6 +11,10 @@ from exegete.llm.openai_manners import FORMS, Manners
 from exegete.types import LLMReply, LLMRequest, TokenLogprob
 
 STAGE = "probe"
+ALTERNATIVES = 20
+"""Alternatives asked for per token: as many as by judges, since a server may give some and refuse more."""
+THINKING = 500
+"""Tokens of a reply that has to hold reasoning and an answer."""
 _FIELD = "exegete"
 _SCHEMA = {
     "type": "object",
@@ -20,7 +25,7 @@ _SCHEMA = {
 
 
 async def probe(send: Send, manners: Manners) -> Capabilities:
-    """Ask a chat, a schema and a completion; at most seven short requests.
+    """Ask a chat, a schema and a completion; a few short requests.
 
     ``manners`` learns how the server takes schemas. Raises LLMError where neither chats nor completions are answered.
     """
@@ -28,7 +33,10 @@ async def probe(send: Send, manners: Manners) -> Capabilities:
     failure: LLMError | None = None
     chat: LLMReply | None = None
     try:
-        chat = await send(LLMRequest(messages=greeting, max_tokens=8, logprobs=2, stage=STAGE))
+        asked = LLMRequest(messages=greeting, max_tokens=8, logprobs=ALTERNATIVES, stage=STAGE)
+        chat = await send(asked)
+        if chat.finish == "length" and not chat.text:  # all of it was reasoning, which is left out with its tokens
+            chat = await send(replace(asked, max_tokens=THINKING))
     except BudgetError:
         raise
     except LLMError as error:
@@ -42,7 +50,7 @@ async def probe(send: Send, manners: Manners) -> Capabilities:
     return Capabilities(
         chat=_answered(chat),
         completions=_answered(completion),
-        logprobs=generated is not None and _given(generated.logprobs),
+        logprobs=generated is not None and _chosen_among(generated.logprobs),
         prompt_logprobs=completion is not None and _given(completion.prompt_logprobs),
         schema=schema,
     )
@@ -71,7 +79,7 @@ async def _holds_to_schema(send: Send, manners: Manners, request: LLMRequest) ->
 async def _completion(send: Send) -> LLMReply | None:
     prompt = "Good morning, good day and good"
     try:
-        return await send(LLMRequest(prompt=prompt, max_tokens=1, logprobs=1, prompt_logprobs=True, stage=STAGE))
+        return await send(LLMRequest(prompt=prompt, max_tokens=1, logprobs=2, prompt_logprobs=True, stage=STAGE))
     except BudgetError:
         raise
     except LLMError:
@@ -80,6 +88,11 @@ async def _completion(send: Send) -> LLMReply | None:
 
 def _answered(reply: LLMReply | None) -> bool:
     return reply is not None and reply.finish != "error"
+
+
+def _chosen_among(tokens: Sequence[TokenLogprob] | None) -> bool:
+    """Return whether any token came with those it was chosen over: its own probability alone weighs nothing."""
+    return tokens is not None and any(len(token.alternatives) > 1 for token in tokens)
 
 
 def _given(tokens: Sequence[TokenLogprob] | None) -> bool:

@@ -24,6 +24,7 @@ from typing import final
 from exegete.codec import to_json
 from exegete.errors import BudgetError, BusyError, InputError
 from exegete.files import canonical_json
+from exegete.llm.backend import DIRECT
 from exegete.llm.database import Aside, Layout, is_busy, open_database, read_database, transaction
 from exegete.llm.prices import Price
 from exegete.types import LLMReply, LLMRequest
@@ -84,12 +85,13 @@ class Spent:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Worst:
-    """The worst case of one request: tokens, how many of them were learnt to be needed, and picodollars or None."""
+    """The worst case of one request: tokens, how many of them were learnt to be needed, its rates and picodollars."""
 
     prompt: int
     completion: int
     more_prompt: int
     more_completion: int
+    rates: tuple[int, int, int] | None
     picodollars: int | None
 
     @property
@@ -132,6 +134,8 @@ class Spending:
     commands too. One process writes at a time (the run lock sees to it): calls that an earlier one left open are
     counted as lost. Use it from one thread at a time.
 
+    ``price`` is that of the list; with ``batch``, all but DIRECT questions are counted at that of batch files.
+
     Raises InputError for a budget in dollars without a price; when first used, CorruptError for a file that is no
     ledger.
     """
@@ -142,6 +146,7 @@ class Spending:
         *,
         model: str,
         price: Price | None,
+        batch: bool = False,
         budget: float | None = None,
         budget_tokens: int | None = None,
     ) -> None:
@@ -152,8 +157,8 @@ class Spending:
             )
         self.path = path
         self._model = model
-        self._price = price
-        self._rates = None if price is None else [_rate(r) for r in (price.input, price.cached, price.output)]
+        self._direct = None if price is None else _rates(price)
+        self._rates = _rates(price.in_batch()) if price is not None and batch else self._direct
         self._budget = budget
         self._most_picodollars = _NO_BUDGET if budget is None else min(math.floor(budget * _PICO), _NO_BUDGET)
         self._most_tokens = _NO_BUDGET if budget_tokens is None else min(budget_tokens, _NO_BUDGET)
@@ -197,7 +202,7 @@ class Spending:
         prompt = worst.prompt if reply.prompt_tokens is None else _clamp(reply.prompt_tokens)
         completion = worst.completion if reply.completion_tokens is None else _clamp(reply.completion_tokens)
         cached = min(_clamp(reply.cached_tokens), prompt)
-        picodollars = self._picodollars(prompt, completion, cached)
+        picodollars = _picodollars(worst.rates, prompt, completion, cached)
         if reply.cost is not None and 0 <= reply.cost <= _MOST_DOLLARS:
             picodollars = math.ceil(reply.cost * _PICO)
         self._learn(worst, prompt, completion)
@@ -270,22 +275,15 @@ class Spending:
     def _worst(self, request: LLMRequest, prompt_tokens: int | None) -> _Worst:
         prompt = most_prompt_tokens(request) if prompt_tokens is None else prompt_tokens
         prompt, completion = prompt + self._more_prompt, request.max_tokens + self._more_completion
+        rates = self._direct if request.stage in DIRECT else self._rates
         return _Worst(
             prompt=prompt,
             completion=completion,
             more_prompt=self._more_prompt,
             more_completion=self._more_completion,
-            picodollars=self._picodollars(prompt, completion, None),
+            rates=rates,
+            picodollars=_picodollars(rates, prompt, completion, None),
         )
-
-    def _picodollars(self, prompt: int, completion: int, cached: int | None) -> int | None:
-        """Return the cost by the table of prices; ``cached`` is None for the worst case."""
-        if self._rates is None:
-            return None
-        full, from_cache, reply = self._rates
-        if cached is None:
-            return prompt * max(full, from_cache) + completion * reply
-        return (prompt - cached) * full + cached * from_cache + completion * reply
 
     def _grant(self, worst: _Worst, stage: str) -> int | None:
         """Open a reservation if it fits beside everything counted so far; None when it does not."""
@@ -423,6 +421,20 @@ def _totals(database: sqlite3.Connection) -> list[Spent]:
         )
         for stage, model, outcome, requests, prompt, cached, completion, picodollars, unpriced in rows
     ]  # fmt: skip
+
+
+def _picodollars(rates: tuple[int, int, int] | None, prompt: int, completion: int, cached: int | None) -> int | None:
+    """Return the cost by the table of prices; ``cached`` is None for the worst case."""
+    if rates is None:
+        return None
+    full, from_cache, reply = rates
+    if cached is None:
+        return prompt * max(full, from_cache) + completion * reply
+    return (prompt - cached) * full + cached * from_cache + completion * reply
+
+
+def _rates(price: Price) -> tuple[int, int, int]:
+    return _rate(price.input), _rate(price.cached), _rate(price.output)
 
 
 def _rate(dollars: float) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from exegete.errors import LLMError
@@ -12,6 +13,15 @@ from exegete.files import hash_json
 from exegete.llm.openai_reading import without_reasoning
 from exegete.streams import stream
 from exegete.types import LLMReply, LLMRequest
+
+
+def folder_identity(model: str) -> str | None:
+    """Return what tells a model's folder from others by its files' names, sizes and times; None for a hub id."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return None
+    files = sorted((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
+    return "folder/" + hash_json([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files])
 
 
 def prompt_ids(tokenizer: Any, request: LLMRequest, name: str) -> list[int]:

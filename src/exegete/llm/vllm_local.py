@@ -12,12 +12,13 @@ import importlib.util
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, final
 
 from exegete.errors import InputError, LLMError, MissingExtraError
 from exegete.llm.backend import Backend, Capabilities
 from exegete.llm.gathering import Gathering
-from exegete.llm.tokenised import added_tokens, draw_seed, prompt_ids, spoken
+from exegete.llm.tokenised import added_tokens, draw_seed, folder_identity, prompt_ids, spoken
 from exegete.types import LLMReply, LLMRequest, TokenLogprob
 
 _QUIET = 0.02
@@ -59,6 +60,11 @@ class VLLMBackend(Backend):
     def name(self) -> str:
         """The model as named on the command line."""
         return f"vllm/{self._model}"
+
+    @cached_property
+    def identity(self) -> str:
+        """The name; of a folder, what lies in it: others may stand under the same path, and change."""
+        return folder_identity(self._model) or self.name
 
     @property
     def unlimited(self) -> bool:

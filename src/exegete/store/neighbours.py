@@ -91,6 +91,17 @@ class Neighbours:
         found: Array = self.neighbours[place] if len(order) else self.neighbours
         return found
 
+    def with_others(self, others: Neighbours) -> Neighbours:
+        """Return these and those of other latents as one. Raises InputError for another kind or k."""
+        if (self.kind, self.neighbours.shape[1]) != (others.kind, others.neighbours.shape[1]):
+            raise InputError(f"{self.kind} neighbours cannot be joined with {others.kind} ones, or others than as many")
+        return Neighbours(
+            kind=self.kind,
+            indices=np.concatenate([self.indices, others.indices]),
+            neighbours=np.concatenate([self.neighbours, others.neighbours]),
+            similarity=np.concatenate([self.similarity, others.similarity]),
+        )
+
 
 def cofiring_neighbours(
     store: Store, indices: Sequence[int] | Array, *, k: int = 10, positions: int = 200_000, seed: int = 0
