@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,18 @@ def test_a_budget_without_a_price_and_bad_arguments_are_refused(
     assert "budget_tokens" in unpriced
     assert "per_request" in refused(capsys, "score", run, "--scorers", "detection:per_reqest=1")
     assert "NAME:ARGUMENT=VALUE" in refused(capsys, "score", run, "--scorers", "detection:5")
+
+
+def test_which_windows_are_shown_may_change_until_something_is_explained(
+    collected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(collected, run)
+    out(capsys, "explain", str(run), "-q", "--n-train", "4", "--strategy", "importance")
+    assert ex.open_run(run).config.examples.n_train == 4
+    assert "examples.n_train: 4 → 5" in refused(capsys, "explain", str(run), "-q", "--n-train", "5")
+    out(capsys, "score", str(run), "-q")
+    out(capsys, "report", str(run))
 
 
 def test_scorers_take_arguments_after_a_colon(collected: Path, capsys: pytest.CaptureFixture[str]) -> None:

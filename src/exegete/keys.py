@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, final
 
 from exegete.config import RunConfig
-from exegete.errors import MismatchError
+from exegete.errors import MismatchError, NotFoundError
 from exegete.explainers.explainer import explainers
 from exegete.files import hash_json, read_json
 from exegete.runs import Run
@@ -98,7 +98,10 @@ def refuse_changes(run: Run, config: RunConfig, prepared: Prepared | None = None
     if not path.is_file() or not run.coders():  # nothing rests on the settings yet
         return
     before = read_json(path)
-    changed = list(_differences(before.get("settings", {}), settings_under(config)))
+    made_with, now_with = dict(before.get("settings", {})), settings_under(config)
+    if not _explained(run):  # the firings do not rest on which windows are shown
+        made_with["examples"] = now_with["examples"]
+    changed = list(_differences(made_with, now_with))
     if prepared is not None and not changed:
         hashes = {name: coder.hash for name, coder in prepared.coders.items()}
         known = {name: old for name, old in before.get("coders", {}).items() if name in hashes}
@@ -110,6 +113,18 @@ def refuse_changes(run: Run, config: RunConfig, prepared: Prepared | None = None
             f"{run.folder} was made with other settings ({'; '.join(changed)}); "
             "use another folder, or the settings it was made with"
         )
+
+
+def _explained(run: Run) -> bool:
+    """Return whether anything is explained yet."""
+    try:
+        results = run.results()
+    except NotFoundError:  # there is no database, or nothing in it
+        return False
+    try:
+        return bool(results.explainers())
+    finally:
+        results.close()
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterable[str]:

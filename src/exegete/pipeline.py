@@ -342,8 +342,10 @@ class Pipeline:
                     "exegete collect or run"
                 )
         write_text(self.run.folder / "config.yaml", self.config.to_yaml())
+        manifest = {**read_json(self.run.folder / "manifest.json"), "settings": settings_under(self.config)}
+        write_json(self.run.folder / "manifest.json", manifest)
         results.put_meta("config", self.config.to_dict())
-        results.put_meta("manifest", read_json(self.run.folder / "manifest.json"))
+        results.put_meta("manifest", manifest)
         results.put_meta("title", self._title())
         corpus = self.run.corpus
         results.put_meta(
