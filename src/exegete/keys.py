@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, final
 
 from exegete.config import RunConfig
-from exegete.errors import MismatchError, NotFoundError
+from exegete.errors import MismatchError
 from exegete.explainers.explainer import explainers
 from exegete.files import hash_json, read_json
 from exegete.runs import Run
@@ -117,10 +117,9 @@ def refuse_changes(run: Run, config: RunConfig, prepared: Prepared | None = None
 
 def _explained(run: Run) -> bool:
     """Return whether anything is explained yet."""
-    try:
-        results = run.results()
-    except NotFoundError:  # there is no database, or nothing in it
+    if not (run.folder / "results.db").is_file():
         return False
+    results = run.results(readonly=False)  # one that was left before its tables were made is finished
     try:
         return bool(results.explainers())
     finally:
