@@ -188,6 +188,17 @@ def test_plans_lay_changes_over_a_configuration(toy_folder: Path) -> None:
     assert many.total.requests == 2 * few.total.requests
 
 
+def test_a_score_is_the_metric_asked_for(collected: Path) -> None:
+    run = ex.open_run(collected)
+    view = run.latent("layers.0", int(run.store("layers.0").counts.argmax()))
+    explanation = ex.explain(view, explainer="rule")
+    assert explanation.status == "ok"
+    assert ex.score(explanation, view).metric == "balanced_accuracy"
+    assert ex.score(explanation, view, metric="f1").metric == "f1"
+    with pytest.raises(InputError, match="unknown metric of detection 'f2'"):
+        ex.score(explanation, view, metric="f2")
+
+
 def test_in_a_running_loop_as_of_a_notebook_calls_work_and_fail_as_elsewhere(collected: Path) -> None:
     import asyncio
 

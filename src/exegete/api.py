@@ -184,14 +184,16 @@ def score(
     what: LatentView | ExampleSet,
     *,
     scorer: str = "detection",
+    metric: str | None = None,
     llm: str | LLMClient | None = None,
     donors: Sequence[Explanation] = (),
     **args: Any,
 ) -> Score:
-    """Score one explanation and return the scorer's first metric; ``donors`` are explanations of other latents.
+    """Score one explanation and return one of the scorer's metrics, by default its first.
 
-    A rule explanation is judged by its own program when no language model is given. Raises InputError when the scorer
-    needs something that is not there.
+    ``donors`` are explanations of other latents; ``args`` go to the scorer. A rule explanation is judged by its own
+    program when no language model is given. Raises InputError when the scorer needs something that is not there, or has
+    no such metric.
     """
     made = scorers.make(scorer, args)
     with _viewed(what, llm) as view:
@@ -200,10 +202,15 @@ def score(
             view = dataclasses.replace(view, donors=ranked)
         if "logprobs" in made.needs:
             check_llm(view.llm, {f"scorer {scorer!r}": made.needs})
-        found = [s for scoring in made.score([(explanation, view)]) for s in scoring.scores]
-    if not found:
+        scores = [s for scoring in made.score([(explanation, view)]) for s in scoring.scores if s.control == "none"]
+    if not scores:
         raise InputError(f"scorer {scorer!r} has nothing to say of this explanation (status {explanation.status!r})")
-    return found[0]
+    found = {s.metric: s for s in scores}
+    if metric is None:
+        return scores[0]
+    if metric not in found:
+        raise unknown(f"metric of {scorer}", metric, found)
+    return found[metric]
 
 
 async def score_async(explanation: Explanation, what: LatentView | ExampleSet, **options: Any) -> Score:
