@@ -72,7 +72,12 @@ def test_all_kinds_divide_the_silent_windows_and_the_judged_ones_carry_theirs(ru
             drawn = [e for e in silent if e.stratum == name]
             assert len(drawn) <= size
             assert all(e.inclusion_probability == pytest.approx(len(drawn) / size) for e in drawn)
-    assert {name for chosen in sets for name, size in chosen.strata if size} >= {"same_token", "silent"}
+    examples = dataclasses.replace(run.config.examples, negatives=("random",))
+    alone = dataclasses.replace(run.config, examples=examples)
+    for chosen in sets:
+        (plain,) = run.select("layers.0", [chosen.latent.index], alone)
+        assert isinstance(plain, ExampleSet)
+        assert sum(size for _, size in chosen.strata) == dict(plain.strata)["silent"]
 
 
 def test_judgements_carry_the_kinds(run: Run) -> None:
@@ -264,9 +269,10 @@ def test_of_rows_still_to_be_collected_nothing_is_taken_to_be_silent(toy_folder:
     store = pipeline.run.store("layers.0")
     assert not store.manifest.complete
     assert 0 < store.manifest.row_stop < store.corpus.n_rows
-    chosen = ex.select(store, int(np.argmax(store.counts)), window=8, min_train=2, min_test=2, n_negatives=500)
-    assert isinstance(chosen, ExampleSet)
-    assert chosen.windows.row.max() < store.manifest.row_stop
+    found = (ex.select(store, i, window=8, min_train=1, min_test=1, n_negatives=500) for i in range(store.width))
+    sets = [chosen for chosen in found if isinstance(chosen, ExampleSet)]
+    assert sets
+    assert all(chosen.windows.row.max() < store.manifest.row_stop for chosen in sets)
     with Pipeline(settings, tmp_path / "run") as pipeline, pytest.raises(InputError, match="not all collected"):
         pipeline.explain()
 
