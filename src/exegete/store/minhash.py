@@ -15,6 +15,7 @@ from typing import Final, final
 
 import numpy as np
 
+from exegete.streams import mix
 from exegete.types import Array
 
 EMPTY: Final = np.uint64(2**64 - 1)
@@ -59,7 +60,7 @@ def shingles(tokens: Array, size: int) -> Array:
     for shift in range(1, size):
         hashes *= _FACTOR
         hashes += tokens[..., shift : shift + count].astype(np.uint64, copy=False)
-    return _mix(hashes)
+    return mix(hashes)
 
 
 def minima(hashes: Array, owners: Array, held: Array) -> None:
@@ -80,12 +81,12 @@ def band_keys(held: Array, scheme: Scheme) -> Array:
     folded = held.reshape(scheme.bins, -1, held.shape[1]).min(axis=1)
     dense = _densified(folded.astype(np.uint32))
     # Bins are dealt out at random: neighbouring ones may have borrowed from the same bin.
-    dealt = np.argsort(_mix(np.arange(scheme.bins, dtype=np.uint64)), kind="stable")
+    dealt = np.argsort(mix(np.arange(scheme.bins, dtype=np.uint64)), kind="stable")
     keys: Array = np.zeros((scheme.bands, held.shape[1]), np.uint64)
     for row in range(scheme.rows):
         keys *= _FACTOR
         keys += dense[dealt[row * scheme.bands : (row + 1) * scheme.bands]]
-    return np.ascontiguousarray((_mix(keys) >> np.uint64(32)).astype(np.uint32).T)
+    return np.ascontiguousarray((mix(keys) >> np.uint64(32)).astype(np.uint32).T)
 
 
 def crowded(keys: Array) -> Array:
@@ -169,7 +170,7 @@ def _densified(held: Array) -> Array:
     bins = len(held)
     own = np.ascontiguousarray(held[:, sparse])
     dense = own.copy()
-    asked = _bin_of(_mix(np.arange(_PROBES * bins, dtype=np.uint64)), bins).reshape(bins, _PROBES).tolist()
+    asked = _bin_of(mix(np.arange(_PROBES * bins, dtype=np.uint64)), bins).reshape(bins, _PROBES).tolist()
     for line, others in zip(dense, asked, strict=True):
         for other in others:
             np.copyto(line, own[other], where=line == _EMPTY)
@@ -187,14 +188,3 @@ def _densified(held: Array) -> Array:
 def _bin_of(hashes: Array, bins: int) -> Array:
     shift = np.uint64(64 - (bins.bit_length() - 1))
     return (hashes >> shift).astype(np.int64)
-
-
-def _mix(bits: Array) -> Array:
-    """Mix 64-bit numbers in place (the finalizer of splitmix64) and return them."""
-    bits += np.uint64(0x9E3779B97F4A7C15)
-    bits ^= bits >> np.uint64(30)
-    bits *= np.uint64(0xBF58476D1CE4E5B9)
-    bits ^= bits >> np.uint64(27)
-    bits *= np.uint64(0x94D049BB133111EB)
-    bits ^= bits >> np.uint64(31)
-    return bits

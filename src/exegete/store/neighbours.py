@@ -20,7 +20,7 @@ import numpy as np
 from exegete.errors import CorruptError, InputError, NotFoundError
 from exegete.files import atomic_file
 from exegete.store.reading import latents_at_once, runs
-from exegete.streams import stream
+from exegete.streams import mix, stream
 from exegete.types import Array
 
 if TYPE_CHECKING:
@@ -270,10 +270,6 @@ def _keys(shared: Any, wanted: Array, rates: Array, counts: Array) -> Array:
 
 def _uniform(key: np.uint64, places: Array) -> Array:
     """Return a number in [0, 1) for every flat position, a hash of it and the key (splitmix64)."""
-    bits = places.astype(np.uint64) ^ key
-    bits += np.uint64(0x9E3779B97F4A7C15)
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    bits ^= bits >> np.uint64(31)
+    bits = mix(places.astype(np.uint64) ^ key)
     uniform: Array = (bits >> np.uint64(11)) * 2.0**-53
     return uniform
