@@ -25,7 +25,7 @@ from exegete.keys import Keys, refuse_changes, settings_under
 from exegete.llm.client import run_to_end
 from exegete.preparing import Prepared, prepare, text_of
 from exegete.progress import Progress, Silent
-from exegete.runs import FORMAT, Run, alive, drawn
+from exegete.runs import FORMAT, Run, alive, drawn, with_random_negatives
 from exegete.scorers.scorer import scorers
 from exegete.types import ExampleSet, Explanation, LatentId, Skipped
 from exegete.views import Donor, LatentView, Need
@@ -210,9 +210,7 @@ class Pipeline:
         self._progress.advance(len(indices) - len(left))
         data = self.run.data(coder, self.config) if left else None
         # Explainers see train windows only, which are the same whatever is judged.
-        shown = dataclasses.replace(
-            self.config, examples=dataclasses.replace(self.config.examples, negatives=("random",))
-        )
+        shown = with_random_negatives(self.config)
         block = _block(llm if "llm" in explainer.needs else None)
         for start in range(0, len(left), block):
             views = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -231,9 +232,7 @@ def _placeholder(view: LatentView, client: CountingClient) -> Explanation:
 
 def _with_donors(view: LatentView, n: int, explanation: Explanation) -> LatentView:
     donors = tuple(Donor(explanation=explanation, rank=rank) for rank in range(n))
-    return LatentView(
-        latent=view.latent, tokens=view.tokens, examples=view.examples, data=view.data, donors=donors, llm=view.llm
-    )
+    return dataclasses.replace(view, donors=donors)
 
 
 def _of_config(config: RunConfig, client: CountingClient) -> list[StagePlan]:

@@ -131,11 +131,10 @@ class Run:
     ) -> list[ExampleSet | Skipped]:
         """Return what ``select`` does; random silent windows while what hard ones are made from is not there yet."""
         settings = config or self.config
-        plain = dataclasses.replace(settings.examples, negatives=("random",))
         try:
             return self.select(coder, indices, settings)
         except InputError:  # any other that is wrong is so of random ones too
-            return self.select(coder, indices, dataclasses.replace(settings, examples=plain))
+            return self.select(coder, indices, with_random_negatives(settings))
 
     def _hard(self, coder: str, indices: Sequence[int], settings: RunConfig) -> Mapping[Negative, Proxy]:
         """Return what finds the kinds of hard negatives; made once for all latents that a run interprets."""
@@ -187,6 +186,11 @@ class Run:
             return None if isinstance(chosen, Skipped) else chosen
 
         return find
+
+
+def with_random_negatives(config: RunConfig) -> RunConfig:
+    """Return the settings with random silent windows; the train windows stay the same."""
+    return dataclasses.replace(config, examples=dataclasses.replace(config.examples, negatives=("random",)))
 
 
 def drawn(store: Store, coder: str, config: RunConfig) -> tuple[int, ...]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
-from exegete.errors import ExegeteError, InputError, LLMError
-from exegete.llm.backend import Backend, Capabilities
+from exegete.errors import InputError, LLMError
+from exegete.llm.backend import Capabilities
 from exegete.llm.gathering import Gathering
-from exegete.llm.tokenised import added_tokens, folder_identity, prompt_ids, spoken
+from exegete.llm.in_process import InProcess
+from exegete.llm.tokenised import added_tokens, prompt_ids, spoken
 from exegete.types import LLMReply, LLMRequest
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, Not
 
 
 @final
-class TransformersBackend(Backend):
+class TransformersBackend(InProcess["BatchedModel"]):
     """A causal language model of transformers that answers in batches, in a thread of its own.
 
     A batch takes the request that has waited longest and those of the most similar length, at most ``rows``, and at
@@ -34,35 +34,15 @@ class TransformersBackend(Backend):
     backend is dropped; ``close`` ends what is under way.
     """
 
+    service = "hf"
+
     def __init__(
         self, model: str, *, device: str = "auto", dtype: str = "auto", rows: int = 32, tokens: int = 1 << 16
     ) -> None:
-        if not model:
-            raise InputError("hf/ names no model; write hf/MODEL with a folder or a Hugging Face id")
-        self._model, self._device, self._dtype = model, device, dtype
+        super().__init__(model)
+        self._device, self._dtype = device, dtype
         self._rows, self._tokens = rows, tokens
-        self._loading, self._running = threading.Lock(), threading.Lock()
-        self._loaded: tuple[BatchedModel, Any] | None = None
-        self._failed: ExegeteError | None = None
         self._gathering: Gathering[Asked, LLMReply] = Gathering(self._work, self._choose, quiet=_QUIET, most=rows)
-
-    @property
-    def name(self) -> str:
-        """The model as named on the command line."""
-        return f"hf/{self._model}"
-
-    @cached_property
-    def identity(self) -> str:
-        """The name; of a folder, what lies in it: others may stand under the same path, and change."""
-        return folder_identity(self._model) or self.name
-
-    @property
-    def unlimited(self) -> bool:
-        """True: requests wait here until a batch takes them, and none is throttled."""
-        return True
-
-    def __repr__(self) -> str:
-        return f"TransformersBackend({self._model!r})"
 
     async def send(self, request: LLMRequest) -> LLMReply:
         """Answer one request, with others that wait.
@@ -93,30 +73,6 @@ class TransformersBackend(Backend):
     async def close(self) -> None:
         """End what is under way. The model stays loaded."""
         await self._gathering.close()
-
-    def count(self, request: LLMRequest) -> int | None:
-        """Return the prompt's tokens; None before the model is loaded, and for messages that it cannot read."""
-        if self._loaded is None:
-            return None
-        try:
-            return len(prompt_ids(self._loaded[1], request, self.name))
-        except LLMError:
-            return None
-
-    async def _ready(self) -> tuple[BatchedModel, Any]:
-        return await asyncio.to_thread(self._load) if self._loaded is None else self._loaded
-
-    def _load(self) -> tuple[BatchedModel, Any]:
-        with self._loading:
-            if self._failed is not None:
-                raise self._failed
-            if self._loaded is None:
-                try:
-                    self._loaded = self._read()
-                except ExegeteError as error:
-                    self._failed = error  # the next request would only find the same
-                    raise
-            return self._loaded
 
     def _read(self) -> tuple[BatchedModel, Any]:
         from exegete.llm.generating import BatchedModel

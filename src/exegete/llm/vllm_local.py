@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, final
 
-from exegete.errors import InputError, LLMError, MissingExtraError
-from exegete.llm.backend import Backend, Capabilities
+from exegete.errors import LLMError, MissingExtraError
+from exegete.llm.backend import Capabilities
 from exegete.llm.gathering import Gathering
-from exegete.llm.tokenised import added_tokens, draw_seed, folder_identity, prompt_ids, spoken
+from exegete.llm.in_process import InProcess
+from exegete.llm.tokenised import added_tokens, draw_seed, prompt_ids, spoken
 from exegete.types import LLMReply, LLMRequest, TokenLogprob
 
 _QUIET = 0.02
@@ -36,43 +35,23 @@ class _Asked:
 
 
 @final
-class VLLMBackend(Backend):
+class VLLMBackend(InProcess[Any]):
     """A model in vLLM's engine, which schedules by itself all requests that wait together, at most ``most`` a call.
 
     Each has its own sampling parameters; JSON schemas are enforced. The engine starts when first needed and stays
     until the backend is dropped. ``options`` go to ``vllm.LLM``. Raises MissingExtraError where vLLM is not installed.
     """
 
+    service = "vllm"
+
     def __init__(self, model: str, *, most: int = 4096, options: Mapping[str, Any] | None = None) -> None:
-        if not model:
-            raise InputError("vllm/ names no model; write vllm/MODEL with a folder or a Hugging Face id")
+        super().__init__(model)
         if importlib.util.find_spec("vllm") is None:
-            raise MissingExtraError(f"vllm/{model}", "vllm")
-        self._model, self._options = model, dict(options or {})
-        self._loading, self._running = threading.Lock(), threading.Lock()
-        self._loaded: tuple[Any, Any] | None = None
-        self._failed: LLMError | None = None
+            raise MissingExtraError(self.name, "vllm")
+        self._options = dict(options or {})
         self._gathering: Gathering[_Asked, LLMReply] = Gathering(
             self._work, lambda waiting: range(min(most, len(waiting))), quiet=_QUIET, most=most
         )
-
-    @property
-    def name(self) -> str:
-        """The model as named on the command line."""
-        return f"vllm/{self._model}"
-
-    @cached_property
-    def identity(self) -> str:
-        """The name; of a folder, what lies in it: others may stand under the same path, and change."""
-        return folder_identity(self._model) or self.name
-
-    @property
-    def unlimited(self) -> bool:
-        """True: the engine schedules what waits."""
-        return True
-
-    def __repr__(self) -> str:
-        return f"VLLMBackend({self._model!r})"
 
     async def send(self, request: LLMRequest) -> LLMReply:
         """Answer one request, with others that wait.
@@ -100,31 +79,7 @@ class VLLMBackend(Backend):
         """Forget what waits. The engine stays, and ends the call that it is in."""
         await self._gathering.close()
 
-    def count(self, request: LLMRequest) -> int | None:
-        """Return the prompt's tokens; None before the engine started, and for messages that it cannot read."""
-        if self._loaded is None:
-            return None
-        try:
-            return len(prompt_ids(self._loaded[1], request, self.name))
-        except LLMError:
-            return None
-
-    async def _ready(self) -> tuple[Any, Any]:
-        return await asyncio.to_thread(self._load) if self._loaded is None else self._loaded
-
-    def _load(self) -> tuple[Any, Any]:
-        with self._loading:
-            if self._failed is not None:
-                raise self._failed
-            if self._loaded is None:
-                try:
-                    self._loaded = self._start()
-                except LLMError as error:
-                    self._failed = error
-                    raise
-            return self._loaded
-
-    def _start(self) -> tuple[Any, Any]:
+    def _read(self) -> tuple[Any, Any]:
         vllm = importlib.import_module("vllm")
         # The first prompts of all judgements are the same, and their keys and values need to be computed but once.
         options = {"enable_prefix_caching": True, "max_logprobs": _LOGPROBS, "seed": 0, **self._options}
