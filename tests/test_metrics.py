@@ -434,7 +434,7 @@ def test_the_bootstrap_in_pieces_is_the_whole_one(monkeypatch: pytest.MonkeyPatc
         seen.append(values.shape)
         return np.median(values, axis=axis)
 
-    monkeypatch.setattr(metrics, "_AT_ONCE", 35)
+    monkeypatch.setattr(metrics.basic, "_AT_ONCE", 35)
     drawn = metrics._resampled(np.arange(10.0), keep, 8, np.random.default_rng(0))
     assert seen == [(3, 10), (3, 10), (2, 10)]
     assert drawn.shape == (8,)

@@ -62,10 +62,11 @@ class Registry(Generic[T]):
             raise ConfigError(f"{self.kind} {name!r}: {error}; allowed arguments: {allowed}") from error
         return factory(**(args or {}))
 
-    def from_text(self, text: str) -> T:
+    def from_text(self, text: str, defaults: Mapping[str, Any] | None = None) -> T:
         """Build the object of ``NAME`` or ``NAME:ARGUMENT=VALUE,ARGUMENT=VALUE``; values are written as in YAML.
 
-        Raises NotFoundError for an unknown name, ConfigError for arguments that do not fit.
+        ``defaults`` are arguments for those factories that know them, where the text says nothing else. Raises
+        NotFoundError for an unknown name, ConfigError for arguments that do not fit.
         """
         name, colon, rest = text.partition(":")
         args: dict[str, Any] = {}
@@ -74,6 +75,9 @@ class Registry(Generic[T]):
             if not equals or not key.strip() or key.strip() in args:
                 raise ConfigError(f"{self.kind} {text!r} is written NAME:ARGUMENT=VALUE,…, each argument once")
             args[key.strip()] = _plain(value, text)
+        if defaults:
+            known = inspect.signature(self.factory(name)).parameters
+            args = {**{key: value for key, value in defaults.items() if key in known}, **args}
         return self.make(name, args)
 
     def from_spec(self, spec: Mapping[str, Any]) -> T:

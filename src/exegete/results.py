@@ -239,13 +239,13 @@ class Results:
         """
         latent = scoring.explanation.latent
         name = scorer or next((s.scorer for s in scoring.scores if s.scorer != "baseline"), None)
-        if scoring.judgements and (name is None or explanation_id is None):
+        if (scoring.judgements or scoring.detail) and (name is None or explanation_id is None):
             raise InputError(f"{latent}: judgements need the name of their scorer and the id of their explanation")
         with self.transaction():
             if not self._mark(key, latent):
                 return
             self._database.executemany(
-                f"INSERT INTO scores (key, {SCORE}) VALUES ({_marks(14)})",
+                f"INSERT INTO scores (key, {SCORE}) VALUES ({_marks(19)})",
                 [
                     (key, *score_row(score, None if score.scorer == "baseline" else explanation_id))
                     for score in scoring.scores
@@ -258,6 +258,11 @@ class Results:
                     for control, judgements in sorted(scoring.judgements.items())
                 ],
             )
+            if scoring.detail:
+                self._database.execute(
+                    "INSERT OR REPLACE INTO details VALUES (?, ?, ?, ?)",
+                    (explanation_id, key, name, to_json(scoring.detail)),
+                )
 
     def add_skip(self, skipped: Skipped, key: str) -> None:
         """Store that a latent dropped out of a stage, and mark the stage done for it."""
@@ -388,6 +393,18 @@ class Results:
         """Return the judgements of one explanation by one scorer under one control; none when there are none."""
         packed = self._packed(explanation_id, scorer, control)
         return () if packed is None else unpack(packed)
+
+    def detail(self, explanation_id: int, scorer: str) -> dict[str, Any]:
+        """Return what else a scorer found of one explanation, the latest where it was scored again; else nothing."""
+        sql = "SELECT data FROM details WHERE explanation = ? AND scorer = ? ORDER BY key DESC LIMIT 1"
+        row = self._database.execute(sql, (explanation_id, scorer)).fetchone()
+        return {} if row is None else dict(from_json(row[0]))
+
+    def details(self, coder: str, scorer: str, *, explainer: str | None = None) -> dict[int, dict[str, Any]]:
+        """Return what else a scorer found of each latent of a coder, by index."""
+        where, values = _where(**{"e.coder": coder, "d.scorer": scorer, "e.key": explainer})
+        sql = f"SELECT e.idx, d.data FROM details d JOIN explanations e ON e.id = d.explanation{where} ORDER BY d.key"
+        return {index: dict(from_json(data)) for index, data in self._database.execute(sql, values)}
 
     def judgement_columns(
         self, coder: str, scorer: str, *, control: str = "none", explainer: str | None = None

@@ -23,7 +23,10 @@ STATS = (
     "last_share"
 )
 EXPLANATION = "coder, idx, status, text, explainer, program, prompt_hash, examples, detail"
-SCORE = "coder, idx, explanation, scorer, metric, control, value, low, high, method, n_total, n_scored, n_failed"
+SCORE = (
+    "coder, idx, explanation, scorer, metric, control, value, low, high, method, n_total, n_scored, n_failed, floor, "
+    "ceiling, n_documents, flags, n_needed"
+)
 SKIP = "coder, idx, stage, reason, have, need"
 
 Row = Sequence[Any]
@@ -155,6 +158,11 @@ def score_row(score: Score, explanation: int | None) -> tuple[Any, ...]:
         int(score.n_total),
         int(score.n_scored),
         int(score.n_failed),
+        float(score.floor),
+        float(score.ceiling),
+        int(score.n_documents),
+        " ".join(score.flags),
+        score.n_needed,
     )
 
 
@@ -173,6 +181,11 @@ def score_from(row: Row) -> Score:
         n_total=row[10],
         n_scored=row[11],
         n_failed=row[12],
+        floor=number(row[13]),
+        ceiling=number(row[14]),
+        n_documents=row[15],
+        flags=tuple(row[16].split()),
+        n_needed=row[17],
     )
 
 

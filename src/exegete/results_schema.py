@@ -77,6 +77,20 @@ MIGRATIONS: tuple[Migration, ...] = (
             "ALTER TABLE latents ADD COLUMN last_share REAL NOT NULL DEFAULT 0",
         ),
     ),
+    Migration(
+        name="bounds for failures, flags, what else scorers found",
+        statements=(
+            "ALTER TABLE scores ADD COLUMN floor REAL",
+            "ALTER TABLE scores ADD COLUMN ceiling REAL",
+            "ALTER TABLE scores ADD COLUMN n_documents INTEGER NOT NULL DEFAULT 0",
+            "ALTER TABLE scores ADD COLUMN flags TEXT NOT NULL DEFAULT ''",
+            "ALTER TABLE scores ADD COLUMN n_needed INTEGER",
+            """CREATE TABLE details (
+                explanation INTEGER NOT NULL REFERENCES explanations (id), key TEXT NOT NULL, scorer TEXT NOT NULL,
+                data TEXT NOT NULL,
+                PRIMARY KEY (explanation, scorer, key)) WITHOUT ROWID""",
+        ),
+    ),
 )
 
 

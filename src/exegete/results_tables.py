@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
@@ -11,8 +12,10 @@ import numpy.typing as npt
 from exegete.errors import unknown
 from exegete.results_packing import STATUSES, unpack, unpack_columns
 from exegete.results_rows import EXPLANATION, SCORE, SKIP, STATS, from_text, number, to_json
+from exegete.types import Judgement
 
 Kind = Literal["int", "float", "bool", "text"]
+_SAID = tuple(f.name for f in fields(Judgement))
 
 TABLES: dict[str, tuple[tuple[str, str, Kind], ...]] = {
     "latents": (
@@ -58,6 +61,11 @@ TABLES: dict[str, tuple[tuple[str, str, Kind], ...]] = {
         ("n_total", "n_total", "int"),
         ("n_scored", "n_scored", "int"),
         ("n_failed", "n_failed", "int"),
+        ("floor", "floor", "float"),
+        ("ceiling", "ceiling", "float"),
+        ("n_documents", "n_documents", "int"),
+        ("flags", "flags", "text"),
+        ("n_needed", "n_needed", "int"),
     ),
     "skips": (
         ("key", "key", "text"),
@@ -71,6 +79,12 @@ TABLES: dict[str, tuple[tuple[str, str, Kind], ...]] = {
     "done": (("key", "key", "text"), ("coder", "coder", "text"), ("idx", "idx", "int")),
     "stages": (("key", "key", "text"), ("stage", "stage", "text"), ("spec", "spec", "text")),
     "meta": (("key", "key", "text"), ("value", "value", "text")),
+    "details": (
+        ("explanation", "explanation", "int"),
+        ("key", "key", "text"),
+        ("scorer", "scorer", "text"),
+        ("data", "data", "text"),
+    ),
 }
 
 
@@ -105,12 +119,11 @@ def canonical_rows(database: sqlite3.Connection) -> list[str]:
             if place is not None:
                 values[place] = owner.get(values[place])
             lines.append(to_json([name, *values]))
+    for explanation, key, scorer, data in database.execute("SELECT explanation, key, scorer, data FROM details"):
+        lines.append(to_json(["details", owner[explanation], key, scorer, data]))
     sql = "SELECT explanation, key, scorer, control, packed FROM judgements"
     for explanation, key, scorer, control, packed in database.execute(sql):
-        verdicts = [
-            [j.row, j.start, j.document, j.stratum, j.truth, j.prediction, j.probability, j.status]
-            for j in unpack(packed)
-        ]
+        verdicts = [[getattr(j, name) for name in _SAID] for j in unpack(packed)]
         lines.append(to_json(["judgements", owner[explanation], key, scorer, control, verdicts]))
     return sorted(lines)
 
@@ -118,7 +131,21 @@ def canonical_rows(database: sqlite3.Connection) -> list[str]:
 def _judgements(database: sqlite3.Connection) -> dict[str, Any]:
     texts: dict[str, list[Any]] = {name: [] for name in ("coder", "scorer", "control", "stratum", "status")}
     numbers: dict[str, list[npt.NDArray[Any]]] = {
-        name: [] for name in ("idx", "explanation", "row", "start", "document", "truth", "prediction", "probability")
+        name: []
+        for name in (
+            "idx",
+            "explanation",
+            "row",
+            "start",
+            "document",
+            "truth",
+            "prediction",
+            "probability",
+            "value",
+            "activation",
+            "inclusion",
+            "multiplicity",
+        )
     }
     sql = (
         "SELECT e.coder, e.idx, e.id, j.scorer, j.control, j.packed FROM judgements j "
@@ -139,6 +166,10 @@ def _judgements(database: sqlite3.Connection) -> dict[str, Any]:
         numbers["truth"].append(columns.truth)
         numbers["prediction"].append(columns.prediction)
         numbers["probability"].append(columns.probability)
+        numbers["value"].append(columns.value)
+        numbers["activation"].append(columns.activation)
+        numbers["inclusion"].append(columns.inclusion)
+        numbers["multiplicity"].append(columns.multiplicity)
     joined = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in numbers.items()}
     return {
         "coder": texts["coder"],
@@ -153,7 +184,11 @@ def _judgements(database: sqlite3.Connection) -> dict[str, Any]:
         "truth": joined["truth"],
         "prediction": joined["prediction"],
         "probability": joined["probability"],
+        "value": joined["value"],
         "status": texts["status"],
+        "activation": joined["activation"],
+        "inclusion_probability": joined["inclusion"],
+        "multiplicity": joined["multiplicity"],
     }
 
 

@@ -12,9 +12,14 @@ from exegete.tokens import TokenTable
 from exegete.types import ExampleSet, Explanation, Firings, LatentId, Rows, Split
 
 if TYPE_CHECKING:
+    from exegete.coders.coder import SparseCoder
     from exegete.llm.client import LLMClient
+    from exegete.llm.reader import Reader
+    from exegete.subjects import Subject
 
-Need = Literal["examples", "data", "llm", "logprobs", "donors"]
+Need = Literal["examples", "data", "llm", "logprobs", "prompt_logprobs", "donors", "subject", "coder", "reader", "near"]
+"""What explainers and scorers may ask for: ``near`` are the explanations of the nearest latents; the others are fields
+of a view, ``logprobs`` and ``prompt_logprobs`` those of its language model."""
 
 
 class SplitData(ABC):
@@ -48,11 +53,21 @@ class Donor:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Near:
+    """A latent near another, most like it first, and what was said of it; ``similarity`` as its kind measures it."""
+
+    explanation: Explanation
+    similarity: float
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LatentView:
     """One latent as explainers and scorers see it.
 
     ``data`` gives rows and firings by split (None when only examples are at hand); ``donors`` are other latents'
-    explanations; ``llm`` is None when there is no language model.
+    explanations, ``near`` those of the nearest latents, nearest first; ``llm`` is None when there is no language model,
+    ``reader`` is one whose log probabilities are read; ``subject`` and ``coder`` are there for scorers that run them.
     """
 
     latent: LatentId
@@ -61,12 +76,28 @@ class LatentView:
     data: SplitData | None = None
     donors: tuple[Donor, ...] = ()
     llm: LLMClient | None = None
+    near: tuple[Near, ...] = ()
+    reader: Reader | None = None
+    subject: Subject | None = None
+    coder: SparseCoder | None = None
 
     def require_llm(self) -> LLMClient:
         """Return the language model. Raises InputError naming the option to give when there is none."""
         if self.llm is None:
             raise InputError("this needs a language model; give one with --llm URL#MODEL")
         return self.llm
+
+    def require_reader(self) -> Reader:
+        """Return what reads log probabilities. Raises InputError naming the option to give when there is none."""
+        if self.reader is None:
+            raise InputError("this reads log probabilities; name the language model that gives them with --reader")
+        return self.reader
+
+    def require_subject(self) -> tuple[Subject, SparseCoder]:
+        """Return the subject and the coder. Raises InputError when the view was made without them."""
+        if self.subject is None or self.coder is None:
+            raise InputError("this runs the subject and its coder; give both with subject=… and coder=…")
+        return self.subject, self.coder
 
     def require_data(self) -> SplitData:
         """Return the rows and firings by split. Raises InputError when the view was made from examples alone."""

@@ -40,6 +40,11 @@ class LLMClient(ABC):
         """Whether any number of requests may wait for their replies together, as in batch files."""
         return False
 
+    @property
+    def simulated(self) -> bool:
+        """Whether nothing is asked: what it answers checks that a pipeline works, and measures nothing."""
+        return False
+
     @abstractmethod
     async def reply(self, request: LLMRequest) -> LLMReply:
         """Send one request."""

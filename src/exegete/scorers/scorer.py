@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 from exegete.registry import Registry
@@ -15,11 +15,15 @@ from exegete.views import LatentView, Need
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
-    """What a scorer made of one explanation: scores (its null's among them), and judgements by control."""
+    """What a scorer made of one explanation: scores (its nulls' among them), and judgements by control.
+
+    ``detail`` is whatever else it found, as JSON data (strengths, generated texts, tokens).
+    """
 
     explanation: Explanation
     scores: tuple[Score, ...]
     judgements: Mapping[str, tuple[Judgement, ...]]
+    detail: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Scorer(ABC):
@@ -29,6 +33,11 @@ class Scorer(ABC):
     @abstractmethod
     def spec(self) -> Mapping[str, Any]:
         """``{"name": …, "args": {…}}``, from which the registry re-creates this scorer."""
+
+    @property
+    def label(self) -> str:
+        """Under which name its scores stand: its own, or that of a variant that measures something else."""
+        return str(self.spec["name"])
 
     @property
     def prompt_hash(self) -> str:
@@ -43,6 +52,11 @@ class Scorer(ABC):
     def asks(self, view: LatentView) -> bool:
         """Whether scoring an explanation of this view would send requests to its language model."""
         return view.llm is not None and "llm" in self.needs
+
+    def plumbing(self, view: LatentView) -> bool:
+        """Whether what it finds only checks that the pipeline works: a simulated judge, or a reader of no language."""
+        judged = view.llm is not None and view.llm.simulated and self.asks(view)
+        return judged or ("reader" in self.needs and view.reader is not None and not view.reader.natural)
 
     @abstractmethod
     def score(self, items: Sequence[tuple[Explanation, LatentView]], *, concurrency: int = 16) -> Iterator[Scoring]:

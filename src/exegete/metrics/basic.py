@@ -17,28 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from exegete.errors import InputError
+from exegete.metrics.interval import Interval
 from exegete.types import Array
 
 Truths = Sequence[bool] | npt.NDArray[np.bool_]
 Numbers = Sequence[float] | npt.NDArray[np.floating]
 _DRAWS: Final = 2000
 _AT_ONCE: Final = 1 << 20
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """A value with its confidence interval, the method's name, and ``n``, the observations that the value rests on."""
-
-    value: float
-    low: float
-    high: float
-    method: str
-    n: int
-
-    def __post_init__(self) -> None:
-        if not math.isnan(self.value) and not self.low <= self.value <= self.high:
-            raise InputError(f"interval {self.low}…{self.high} leaves out {self.value}")
 
 
 @final
