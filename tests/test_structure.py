@@ -36,6 +36,7 @@ ORDER = [
     {"runs"},
     {"keys", "export"},
     {"status", "preparing"},
+    {"scoring"},
     {"pipeline", "planner"},
     {"api"},
     {"testing", "cli", "__main__"},

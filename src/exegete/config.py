@@ -23,6 +23,7 @@ from exegete.files import hash_json
 Strategy = Literal["top", "random", "quantiles", "bins", "mix", "importance", "diverse"]
 TestStrategy = Literal["quantiles", "bins", "random", "importance"]
 Negative = Literal["near_miss", "same_token", "neighbour", "similar", "random"]
+Control = Literal["other_latent", "shuffled_words", "empty"]
 NEGATIVES: tuple[Negative, ...] = typing.get_args(Negative)
 """Kinds of silent windows; a window of several kinds is of the first of them."""
 
@@ -175,12 +176,51 @@ class LatentConfig:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreConfig:
+    """How explanations are scored. Whatever of it a scorer knows as an argument, its own argument overrides."""
+
+    controls: tuple[Control, ...] = ("other_latent",)
+    """Nulls judged beside every explanation: other_latent (explanations of other latents that fire about as often),
+    shuffled_words (its own words in another order), empty (no explanation)."""
+    reader: str = "auto"
+    """Language model whose log probabilities surprisal and intervention read: subject (the model looked into),
+    URL#MODEL (a server that gives those of prompts), hf/MODEL, or auto (--llm where it gives them, else subject)."""
+    embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Sentence-transformers model of the embedding scorers: a name or a folder."""
+    near: int = 4
+    """Nearest explained latents that an explanation is told apart from (discrimination)."""
+    certify: float | None = None
+    """Ask only until it is decided whether balanced accuracy is at least this, or at most this less the margin."""
+    margin: float = 0.15
+    """Between what --certify tells apart."""
+    stop_when: float | None = None
+    """Ask only until the interval of balanced accuracy is at most this wide to either side."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.controls)) < len(self.controls):
+            raise ConfigError(f"setting 'scoring.controls' names each null once, got {list(self.controls)}")
+        if self.near < 1:
+            raise ConfigError(f"setting 'scoring.near' is too small; it must be at least 1, got {self.near}")
+        if self.certify is not None and not 0.5 <= self.certify - self.margin < self.certify < 1:
+            raise ConfigError(
+                f"setting 'scoring.certify' less 'scoring.margin' is at least 0.5, and both lie below 1, got "
+                f"{self.certify} and {self.margin}"
+            )
+        if self.stop_when is not None and not 0 < self.stop_when < 0.5:
+            raise ConfigError(f"setting 'scoring.stop_when' lies between 0 and 0.5, got {self.stop_when}")
+        if self.certify is not None and self.stop_when is not None:
+            raise ConfigError("settings 'scoring.certify' and 'scoring.stop_when' end asking differently; give one")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LLMConfig:
     """Which language model explains and judges, and how hard it may be asked."""
 
     llm: str = "none"
     """URL#MODEL of an OpenAI-compatible server, openai/MODEL, openrouter/ORG/MODEL, vllm/MODEL or hf/MODEL (in this
-    process), or none (rules only)."""
+    process), simulated[:tpr=0.9,fpr=0.1] (a judge that runs rules and errs at known rates, to try the pipeline), or
+    none (rules only)."""
     concurrency: int = 32
     """Most requests under way at once; how many are is found out as it goes."""
     timeout: float = 120.0
@@ -242,8 +282,9 @@ class RunConfig:
     explainer: str = "rule"
     """rule (no LLM), or default (an LLM reads train windows). Arguments follow a colon: default:n_examples=20."""
     scorers: tuple[str, ...] = ("detection", "fuzzing")
-    """Scorers to run on every explanation: detection, fuzzing, execution (of rules). Arguments follow a colon:
-    fuzzing:probabilities=true,per_request=1."""
+    """Scorers to run on every explanation: detection, fuzzing, execution (of rules), discrimination, surprisal,
+    embedding, example_embedding, simulation, intruder, generation, intervention. Arguments follow a colon:
+    fuzzing:kind=active,per_request=1."""
     nulls: tuple[str, ...] = ()
     """Controls that collect anew: random_coder (an untrained coder of the same width and k), random_subject (the same
     coders on the subject with every weight drawn anew, norms kept)."""
@@ -255,6 +296,7 @@ class RunConfig:
     collect: CollectConfig = field(default_factory=CollectConfig)
     examples: ExampleConfig = field(default_factory=ExampleConfig)
     latents: LatentConfig = field(default_factory=LatentConfig)
+    scoring: ScoreConfig = field(default_factory=ScoreConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
 
     def __post_init__(self) -> None:

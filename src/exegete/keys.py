@@ -13,7 +13,7 @@ from exegete.errors import MismatchError
 from exegete.explainers.explainer import explainers
 from exegete.files import hash_json, read_json
 from exegete.runs import Run
-from exegete.scorers.scorer import scorers
+from exegete.scorers.scorer import make_scorer
 
 if TYPE_CHECKING:
     from exegete.llm.client import LLMClient
@@ -69,7 +69,8 @@ class Keys:
 
     def score(self, scorer: str, llm: LLMClient | None, explained: str) -> dict[str, Any]:
         """What the scores of explanations under the key ``explained`` rest on."""
-        made = scorers.from_text(scorer)
+        made = make_scorer(scorer, self._config)
+        scoring = self._config.scoring
         return {
             "explain": explained,
             "scorer": dict(made.spec),
@@ -77,6 +78,8 @@ class Keys:
             "judge": llm.name if llm else "rule",
             "temperature": llm.temperature if llm else None,
             "donors": self._config.donors,
+            **({"near": scoring.near} if "near" in made.needs else {}),
+            **({"reader": scoring.reader} if "reader" in made.needs else {}),
         }
 
 

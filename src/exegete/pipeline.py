@@ -17,18 +17,18 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, final
 
 from exegete.config import RunConfig
-from exegete.donors import choose_donors
 from exegete.errors import InputError
 from exegete.explainers.explainer import explainers
 from exegete.files import RunLock, hash_json, read_json, write_json, write_text
 from exegete.keys import Keys, refuse_changes, settings_under
 from exegete.llm.client import run_to_end
-from exegete.preparing import Prepared, prepare, text_of
+from exegete.preparing import RANDOM_CODER, RANDOM_SUBJECT, Loader, Prepared, prepare, text_of
 from exegete.progress import Progress, Silent
 from exegete.runs import FORMAT, Run, alive, drawn, with_random_negatives
-from exegete.scorers.scorer import scorers
-from exegete.types import ExampleSet, Explanation, LatentId, Skipped
-from exegete.views import Donor, LatentView, Need
+from exegete.scorers.scorer import make_scorer
+from exegete.scoring import ScoreStage, at_once, block_size, require_llm
+from exegete.types import ExampleSet, LatentId, Skipped
+from exegete.views import LatentView, Need
 
 if TYPE_CHECKING:
     from exegete.coders.coder import SparseCoder
@@ -39,12 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RANDOM_CODER = "@random-coder"
-RANDOM_SUBJECT = "@random-subject"
 PAGES = 300  # latent pages per coder in a report; beyond, the best, the worst, and some evenly between
-_ANY = 1 << 20  # requests under way at once
-_BLOCK = 256  # latents in memory together; each is committed as soon as it is ready
-_BATCHED = 1024  # where requests wait for a day in files, which several latents may share
 
 
 @final
@@ -55,7 +50,7 @@ class Pipeline:
         self.config = config
         self.run = Run(Path(folder))
         self._keys = Keys(self.run, config)
-        self._loaded: Prepared | None = None
+        self._loader = Loader(config, self.run)
         self._progress = progress or Silent()
         self._lock = RunLock(self.run.folder)
 
@@ -76,6 +71,7 @@ class Pipeline:
         of other settings.
         """
         refuse_changes(self.run, self.config, prepared)
+        self._loader.use(prepared)
         self._check_packing(prepared)
         self._collect_all(prepared, self._corpus(prepared.subject, documents))
 
@@ -118,12 +114,8 @@ class Pipeline:
 
     def _random(self, prepared: Prepared, firing: Mapping[str, int]) -> dict[str, SparseCoder]:
         """Return a random coder for each of the named ones, with as many latents firing."""
-        from exegete.coders import random_coder
-
-        return {
-            name + RANDOM_CODER: random_coder(prepared.coders[name], self.config.seed, k=k, name=name + RANDOM_CODER)
-            for name, k in firing.items()
-        }
+        names = {name: name + RANDOM_CODER for name in firing}
+        return {null: self._loader.random(null, prepared.coders[name], firing[name]) for name, null in names.items()}
 
     def _corpus(self, subject: Subject, documents: Iterable[TextDocument] | None) -> Corpus:
         from exegete.store.corpus import build_corpus
@@ -189,7 +181,7 @@ class Pipeline:
 
     def explain(self, llm: LLMClient | None = None) -> None:
         """Explain the drawn latents of every coder; what cannot be explained becomes a Skipped row."""
-        _require_llm(explainers.from_text(self.config.explainer).needs, llm, f"explainer {self.config.explainer!r}")
+        require_llm(explainers.from_text(self.config.explainer).needs, llm, f"explainer {self.config.explainer!r}")
         results = self.run.results(readonly=False)
         try:
             self._settle(results)
@@ -211,7 +203,7 @@ class Pipeline:
         data = self.run.data(coder, self.config) if left else None
         # Explainers see train windows only, which are the same whatever is judged.
         shown = with_random_negatives(self.config)
-        block = _block(llm if "llm" in explainer.needs else None)
+        block = block_size(llm if "llm" in explainer.needs else None)
         for start in range(0, len(left), block):
             views = []
             for chosen in self.run.select(coder, left[start : start + block], shown):
@@ -220,101 +212,28 @@ class Pipeline:
                     self._progress.advance(1)
                 else:
                     views.append(self._view(chosen, data, llm))
-            for explanation in explainer.explain(views, concurrency=self._at_once(llm)):
+            for explanation in explainer.explain(views, concurrency=at_once(llm, self.config)):
                 results.add_explanation(explanation, key)
                 self._progress.advance(1)
         self._progress.end()
 
-    def _at_once(self, llm: LLMClient | None) -> int:
-        """Return how many requests may be under way: all of a block where a client takes any number."""
-        return _ANY if llm is not None and llm.unlimited else self.config.llm.concurrency
-
-    def _view(
-        self, examples: ExampleSet, data: Any, llm: LLMClient | None, donors: tuple[Donor, ...] = ()
-    ) -> LatentView:
-        return LatentView(
-            latent=examples.latent, tokens=data.tokens, examples=examples, data=data, donors=donors, llm=llm
-        )
+    def _view(self, examples: ExampleSet, data: Any, llm: LLMClient | None) -> LatentView:
+        return LatentView(latent=examples.latent, tokens=data.tokens, examples=examples, data=data, llm=llm)
 
     # -- score -------------------------------------------------------------------------------------------------------
 
     def score(self, llm: LLMClient | None = None) -> None:
-        """Score every explanation with every scorer, each beside its null."""
+        """Score every explanation with every scorer, each beside its nulls."""
         results = self.run.results(readonly=False)
-        try:
-            self._settle(results)
-            for coder in self.run.coders():
-                explained = self._keys.explained(coder, llm, results)
-                explanations = results.explanations(coder=coder, key=explained)
-                usable = {id_: e for id_, e in explanations.items() if e.status == "ok"}
-                donors = None
-                for name in self.config.scorers:
-                    scorer = scorers.from_text(name)
-                    _require_llm(scorer.needs, llm, f"scorer {name!r}")
-                    spec = self._keys.score(name, llm, explained)
-                    key = hash_json(spec)
-                    results.add_stage(key, scorer.spec["name"], spec)
-                    done = results.done(key)
-                    left = {id_: e for id_, e in usable.items() if e.latent not in done}
-                    self._progress.start(f"{name} {coder}", len(usable), "latents")
-                    self._progress.advance(len(usable) - len(left))
-                    if left and donors is None:
-                        self._ready_negatives(coder, results)
-                        donors = choose_donors(
-                            self.run.store(coder),
-                            list(usable.values()),
-                            count=self.config.donors,
-                        )
-                    self._score_block(results, coder, scorer, key, left, donors or {}, llm)
-                    self._progress.end()
-        finally:
-            results.close()
 
-    def _ready_negatives(self, coder: str, results: Results) -> None:
-        """Find and keep what the configured kinds of silent windows are made from."""
-        from exegete.hard_negatives import find_neighbours
-
-        store = self.run.store(coder)
-        find_neighbours(store, self.config, drawn(store, coder, self.config), lambda: self._coder(coder))
-        if "near_miss" in self.config.examples.negatives:
+        def explain_rules(coder: str) -> None:
             self._explain_coder(coder, "rule", results, None)
 
-    def _coder(self, coder: str) -> SparseCoder:
-        """Load the coder of a store again; a null's has its name at the end."""
-        if self._loaded is None:
-            self._loaded = prepare(self.config)
-        own, _, null = coder.partition("@")
-        if f"@{null}" == RANDOM_CODER:
-            return self._random(self._loaded, {own: self.run.store(coder).manifest.k or 1})[coder]
-        return self._loaded.coders[own]
-
-    def _score_block(
-        self,
-        results: Results,
-        coder: str,
-        scorer: Any,
-        key: str,
-        left: Mapping[int, Explanation],
-        donors: Mapping[LatentId, Any],
-        llm: LLMClient | None,
-    ) -> None:
-        ids = {explanation.latent: id_ for id_, explanation in left.items()}
-        waiting = list(left.values())
-        data = self.run.data(coder, self.config) if waiting else None
-        size = _block(llm)
-        for start in range(0, len(waiting), size):
-            block = waiting[start : start + size]
-            chosen = self.run.select(coder, [e.latent.index for e in block], self.config)
-            items = []
-            for explanation, examples in zip(block, chosen, strict=True):
-                if isinstance(examples, Skipped):  # of the kinds asked for there may be fewer windows than of all
-                    results.add_skip(examples, key)
-                    self._progress.advance(1)
-                    continue
-                items.append((explanation, self._view(examples, data, llm, donors.get(explanation.latent, ()))))
-            for scoring in scorer.score(items, concurrency=self._at_once(llm)):
-                results.add_scoring(scoring, key, ids[scoring.explanation.latent])
-                self._progress.advance(1)
+        try:
+            self._settle(results)
+            ScoreStage(self.run, self.config, self._loader, self._progress, explain_rules).score(results, llm)
+        finally:
+            results.close()
 
     # -- report ------------------------------------------------------------------------------------------------------
 
@@ -426,18 +345,8 @@ def users_of_llm(config: RunConfig, *, explaining: bool = True, scoring: bool = 
     if explaining:
         users[f"explainer {config.explainer!r}"] = explainers.from_text(config.explainer).needs
     if scoring:
-        users |= {f"scorer {name!r}": scorers.from_text(name).needs for name in config.scorers}
+        users |= {f"scorer {name!r}": make_scorer(name, config).needs for name in config.scorers}
     return users
-
-
-def _block(llm: LLMClient | None) -> int:
-    """Return how many latents are worked on together."""
-    return _BATCHED if llm is not None and llm.unlimited else _BLOCK
-
-
-def _require_llm(needs: frozenset[Need], llm: LLMClient | None, who: str) -> None:
-    if "llm" in needs and llm is None:
-        raise InputError(f"{who} needs a language model; give one with --llm URL#MODEL")
 
 
 def _check_folder(folder: Path) -> None:
@@ -464,7 +373,7 @@ def run_pipeline(
     with language_model(config, folder, llm) as client:
         users = users_of_llm(config)
         for who, needs in users.items():
-            _require_llm(needs, client, who)
+            require_llm(needs, client, who)
         check_llm(client, users)
         prepared = prepare(config, documents)
         with Pipeline(config, folder, progress) as pipeline:

@@ -27,7 +27,7 @@ from exegete.planning import (
     sample,
 )
 from exegete.runs import Run, drawn
-from exegete.scorers.scorer import Scorer, scorers
+from exegete.scorers.scorer import Scorer, make_scorer
 from exegete.tokens import TokenTable
 from exegete.types import Example, ExampleSet, Explanation, LatentId, LLMRequest, Split
 from exegete.views import Donor, LatentView
@@ -153,7 +153,7 @@ def _of_coder(
         left = [i for i in judged if i not in done]
         some, sampled = views(left)
         items = [(e, _with_donors(v, donors[v.latent.index], e)) for e, v in _explained(some, usable, client)]
-        yield _scoring(coder, name, scorers.from_text(name), items, sampled, len(chosen), len(left), client)
+        yield _scoring(coder, name, make_scorer(name, config), items, sampled, len(chosen), len(left), client)
 
 
 def _n_donors(run: Run, coder: str, judged: Sequence[int], wanted: int) -> Mapping[int, int]:
@@ -246,7 +246,7 @@ def _of_config(config: RunConfig, client: CountingClient) -> list[StagePlan]:
         items = [(e, _with_donors(v, donors, e)) for e, v in _explained(views, {}, client)]
         stages.append(_explaining(coder, explainer, views, _MADE_UP, wanted, wanted, client))
         for name in config.scorers:
-            stages.append(_scoring(coder, name, scorers.from_text(name), items, _MADE_UP, wanted, wanted, client))
+            stages.append(_scoring(coder, name, make_scorer(name, config), items, _MADE_UP, wanted, wanted, client))
     return [stage for stage in stages if stage.asked.requests]
 
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from exegete.errors import BusyError, CorruptError, InputError, NotFoundError
 from exegete.files import fault_point
+from exegete.results_connection import close, connect, marks, where_of
 from exegete.results_packing import JudgementColumns, pack, unpack, unpack_columns
 from exegete.results_rows import (
     EXPLANATION,
@@ -47,7 +48,6 @@ from exegete.types import Explanation, Judgement, LatentId, LatentStats, Score, 
 if TYPE_CHECKING:
     from exegete.scorers.scorer import Scoring
 
-_WAIT = 30.0  # seconds to wait for another writer's transaction
 _DISK_ERRORS = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY})
 
 
@@ -94,7 +94,7 @@ class Results:
             path.parent.mkdir(parents=True, exist_ok=True)
         database: sqlite3.Connection | None = None
         try:
-            database = _connect(path, readonly)
+            database = connect(path, readonly)
             applied = check_format(database, path)
             if readonly and applied == 0:
                 raise NotFoundError(f"{path} holds no results yet")
@@ -106,13 +106,13 @@ class Results:
             if not readonly:
                 migrate(database, path)
         except sqlite3.OperationalError as error:
-            _close(database)
+            close(database)
             raise BusyError(f"{path} cannot be opened: {error}") from error
         except sqlite3.DatabaseError as error:
-            _close(database)
+            close(database)
             raise CorruptError(f"{path} is not a readable database: {error}") from error
         except BaseException:
-            _close(database)
+            close(database)
             raise
         return cls(database, path, readonly=readonly)
 
@@ -196,7 +196,7 @@ class Results:
         update = ", ".join(f"{name} = excluded.{name}" for name in STATS.split(", ")[2:])
         with self.transaction():
             self._database.executemany(
-                f"INSERT INTO latents ({STATS}, selected) VALUES ({_marks(14)}) ON CONFLICT (coder, idx) DO UPDATE SET "
+                f"INSERT INTO latents ({STATS}, selected) VALUES ({marks(14)}) ON CONFLICT (coder, idx) DO UPDATE SET "
                 f"{update}, selected = max(selected, excluded.selected)",
                 rows,
             )
@@ -224,14 +224,25 @@ class Results:
             if found is not None and found[1] == "ok":
                 return int(found[0])
             cursor = self._database.execute(
-                f"INSERT OR REPLACE INTO explanations (id, key, created, {EXPLANATION}) VALUES ({_marks(12)})",
+                f"INSERT OR REPLACE INTO explanations (id, key, created, {EXPLANATION}) VALUES ({marks(12)})",
                 (None if found is None else found[0], key, time.time(), *explanation_row(explanation)),
             )
             self._mark(key, latent)
             return int(found[0]) if found is not None else int(cursor.lastrowid or 0)
 
-    def add_scoring(self, scoring: Scoring, key: str, explanation_id: int | None, *, scorer: str | None = None) -> None:
+    def add_scoring(
+        self,
+        scoring: Scoring,
+        key: str,
+        explanation_id: int | None,
+        *,
+        scorer: str | None = None,
+        final: bool = True,
+    ) -> None:
         """Store the scores and judgements of one explanation and mark the stage done, in one transaction.
+
+        With ``final=False`` the stage is not marked: calls failed that may be made again, and what is stored now is
+        replaced then.
 
         Scores of the scorer ``baseline`` belong to the latent alone, and so do all when ``explanation_id`` is None.
         ``scorer`` names whose judgements these are; by default the scorer of the first score. What a (key, latent)
@@ -242,10 +253,13 @@ class Results:
         if (scoring.judgements or scoring.detail) and (name is None or explanation_id is None):
             raise InputError(f"{latent}: judgements need the name of their scorer and the id of their explanation")
         with self.transaction():
-            if not self._mark(key, latent):
+            where = (key, latent.coder, int(latent.index))
+            marked = "SELECT 1 FROM done WHERE key = ? AND coder = ? AND idx = ?"
+            if self._database.execute(marked, where).fetchone() or (final and not self._mark(key, latent)):
                 return
+            self._database.execute("DELETE FROM scores WHERE key = ? AND coder = ? AND idx = ?", where)
             self._database.executemany(
-                f"INSERT INTO scores (key, {SCORE}) VALUES ({_marks(19)})",
+                f"INSERT INTO scores (key, {SCORE}) VALUES ({marks(19)})",
                 [
                     (key, *score_row(score, None if score.scorer == "baseline" else explanation_id))
                     for score in scoring.scores
@@ -268,7 +282,7 @@ class Results:
         """Store that a latent dropped out of a stage, and mark the stage done for it."""
         with self.transaction():
             self._database.execute(
-                f"INSERT OR REPLACE INTO skips (key, {SKIP}) VALUES ({_marks(7)})",
+                f"INSERT OR REPLACE INTO skips (key, {SKIP}) VALUES ({marks(7)})",
                 (key, *skip_row(skipped)),
             )
             self._mark(key, skipped.latent)
@@ -317,19 +331,19 @@ class Results:
 
     def latents(self, coder: str | None = None, *, selected: bool | None = None) -> list[LatentStats]:
         """Return the counts of latents: of one coder or all, and all or only the selected (or unselected) ones."""
-        where, values = _where(coder=coder, selected=None if selected is None else int(selected))
+        where, values = where_of(coder=coder, selected=None if selected is None else int(selected))
         sql = f"SELECT {STATS} FROM latents{where} ORDER BY coder, idx"
         return [stats_from(row) for row in self._database.execute(sql, values)]
 
     def explanations(self, coder: str | None = None, *, key: str | None = None) -> dict[int, Explanation]:
         """Return explanations by id, ordered by latent, then id."""
-        where, values = _where(coder=coder, key=key)
+        where, values = where_of(coder=coder, key=key)
         sql = f"SELECT id, {EXPLANATION} FROM explanations{where} ORDER BY coder, idx, id"
         return {row[0]: explanation_from(row[1:]) for row in self._database.execute(sql, values)}
 
     def explainers(self, coder: str | None = None) -> list[tuple[str, str]]:
         """Return the (key, explainer's name) of every explaining stage that stored something, oldest first."""
-        where, values = _where(coder=coder)
+        where, values = where_of(coder=coder)
         sql = f"SELECT key, explainer, min(id) FROM explanations{where} GROUP BY key ORDER BY min(id)"
         return [(key, str(from_json(spec).get("name", ""))) for key, spec, _ in self._database.execute(sql, values)]
 
@@ -345,7 +359,7 @@ class Results:
         key: str | None = None,
     ) -> list[Score]:
         """Return the scores that match every filter given, ordered by latent, then in the order stored."""
-        where, values = _where(
+        where, values = where_of(
             coder=coder,
             idx=index,
             explanation=explanation,
@@ -358,11 +372,19 @@ class Results:
         return [score_from(row) for row in self._database.execute(sql, values)]
 
     def score_column(
-        self, coder: str, scorer: str, metric: str, *, control: str = "none", explainer: str | None = None
+        self,
+        coder: str,
+        scorer: str,
+        metric: str,
+        *,
+        control: str = "none",
+        explainer: str | None = None,
+        plumbing: bool | None = None,
     ) -> ScoreColumn:
         """Return one metric of a coder as arrays; ``explainer`` is the key of the explaining stage, None for any.
 
-        When a latent was scored more than once, the latest counts.
+        When a latent was scored more than once, the latest counts. ``plumbing`` takes only scores that are plumbing
+        checks, or only those that are none.
         """
         sql = (
             "SELECT idx, value, low, high, n_total, n_failed FROM scores "
@@ -372,6 +394,8 @@ class Results:
         if explainer is not None:
             sql += " AND explanation IN (SELECT id FROM explanations WHERE key = ? AND coder = ?)"
             values += (explainer, coder)
+        if plumbing is not None:
+            sql += f" AND {'' if plumbing else 'NOT '}instr(flags, 'plumbing')"
         rows = self._database.execute(f"{sql} ORDER BY idx, id", values).fetchall()
         latest = {row[0]: row for row in rows}
         index, value, low, high, n_total, n_failed = zip(*latest.values(), strict=True) if latest else ((),) * 6
@@ -389,6 +413,21 @@ class Results:
         rows = self._database.execute("SELECT DISTINCT scorer, metric, control FROM scores ORDER BY 1, 2, 3")
         return [(scorer, metric, control) for scorer, metric, control in rows]
 
+    def headlines(self) -> list[tuple[str, str]]:
+        """Return every (scorer, metric) whose metric is the first that its scorer stores, in the order first stored."""
+        sql = "SELECT scorer, metric, min(id) FROM scores WHERE control = 'none' GROUP BY scorer ORDER BY min(id)"
+        return [(scorer, metric) for scorer, metric, _ in self._database.execute(sql)]
+
+    def judge(self, coder: str, scorer: str, explainer: str) -> str | None:
+        """Return who judged the explanations of a stage for a scorer last: a model's name, or ``rule``."""
+        sql = (
+            "SELECT key FROM scores WHERE coder = ? AND scorer = ? AND explanation IN "
+            "(SELECT id FROM explanations WHERE key = ? AND coder = ?) ORDER BY id DESC LIMIT 1"
+        )
+        row = self._database.execute(sql, (coder, scorer, explainer, coder)).fetchone()
+        spec = None if row is None else self.stages().get(row[0], ("", {}))[1]
+        return None if not spec else spec.get("judge")
+
     def judgements(self, explanation_id: int, scorer: str, control: str = "none") -> tuple[Judgement, ...]:
         """Return the judgements of one explanation by one scorer under one control; none when there are none."""
         packed = self._packed(explanation_id, scorer, control)
@@ -402,7 +441,7 @@ class Results:
 
     def details(self, coder: str, scorer: str, *, explainer: str | None = None) -> dict[int, dict[str, Any]]:
         """Return what else a scorer found of each latent of a coder, by index."""
-        where, values = _where(**{"e.coder": coder, "d.scorer": scorer, "e.key": explainer})
+        where, values = where_of(**{"e.coder": coder, "d.scorer": scorer, "e.key": explainer})
         sql = f"SELECT e.idx, d.data FROM details d JOIN explanations e ON e.id = d.explanation{where} ORDER BY d.key"
         return {index: dict(from_json(data)) for index, data in self._database.execute(sql, values)}
 
@@ -410,7 +449,7 @@ class Results:
         self, coder: str, scorer: str, *, control: str = "none", explainer: str | None = None
     ) -> Iterator[tuple[LatentId, JudgementColumns]]:
         """Yield the judgements of each latent as arrays, ordered by latent."""
-        where, values = _where(**{"e.coder": coder, "scorer": scorer, "control": control, "e.key": explainer})
+        where, values = where_of(**{"e.coder": coder, "scorer": scorer, "control": control, "e.key": explainer})
         sql = (
             "SELECT e.coder, e.idx, j.packed FROM judgements j JOIN explanations e ON e.id = j.explanation"
             f"{where} ORDER BY e.idx, e.id, j.key"
@@ -420,7 +459,7 @@ class Results:
 
     def skips(self, coder: str | None = None) -> list[Skipped]:
         """Return the latents that dropped out, ordered by latent, then stage; each once, however often it was tried."""
-        where, values = _where(coder=coder)
+        where, values = where_of(coder=coder)
         sql = f"SELECT DISTINCT {SKIP} FROM skips{where} ORDER BY coder, idx, stage, reason"
         return [skip_from(row) for row in self._database.execute(sql, values)]
 
@@ -455,38 +494,3 @@ class Results:
             (explanation_id, scorer, control),
         ).fetchone()
         return None if row is None else bytes(row[0])
-
-
-def _connect(path: Path, readonly: bool) -> sqlite3.Connection:
-    if not readonly:
-        database = sqlite3.connect(path, timeout=_WAIT, isolation_level=None)
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
-        database.execute("PRAGMA foreign_keys = ON")
-        return database
-    uri = path.resolve().as_uri()
-    try:
-        database = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=_WAIT, isolation_level=None)
-        database.execute("SELECT count(*) FROM sqlite_master")
-    except sqlite3.OperationalError:
-        # A write-ahead log needs files beside the database; on a read-only medium there is no writer to heed either.
-        if path.with_name(path.name + "-wal").exists():
-            raise
-        database = sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, isolation_level=None)
-    return database
-
-
-def _close(database: sqlite3.Connection | None) -> None:
-    if database is not None:
-        database.close()
-
-
-def _marks(n: int) -> str:
-    return ", ".join("?" * n)
-
-
-def _where(**filters: Any) -> tuple[str, tuple[Any, ...]]:
-    """Return a WHERE clause over fixed column names, and its values; a filter of None is no filter."""
-    given = {name: value for name, value in filters.items() if value is not None}
-    clause = " AND ".join(f"{name} = ?" for name in given)
-    return (f" WHERE {clause}" if clause else ""), tuple(given.values())

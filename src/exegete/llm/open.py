@@ -34,6 +34,8 @@ def client_from_spec(
     """
     if spec == "none":
         return None
+    if spec.partition(":")[0] == "simulated":
+        return _simulated(spec, folder)
     backend = _backend(spec, config, folder)
     spending = _spending(spec, config, folder)
     return Caller(
@@ -44,6 +46,21 @@ def client_from_spec(
         spending=spending,
         temperature=config.temperature,
     )
+
+
+def _simulated(spec: str, folder: Path | None) -> LLMClient:
+    """Return a judge that asks nobody; it reads what tokens stand for from the run's corpus when first asked."""
+    from exegete.llm.scripted import simulated_from_spec
+    from exegete.tokens import TokenTable
+
+    def table() -> TokenTable:
+        if folder is None:
+            raise InputError(f"{spec} judges by the tokens of a run; it needs a run folder")
+        from exegete.store.corpus import open_corpus
+
+        return open_corpus(folder / "corpus").table
+
+    return simulated_from_spec(spec, table)
 
 
 def _replies(config: LLMConfig, path: Path | None) -> ReplyCache | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, final
 
+from exegete.config import RunConfig
 from exegete.registry import Registry
 from exegete.types import Explanation, Judgement, Score
 from exegete.views import LatentView, Need
@@ -49,6 +50,9 @@ class Scorer(ABC):
     def needs(self) -> frozenset[Need]:
         """Which parts of a view it uses; what is missing is refused before work starts."""
 
+    def check(self) -> None:  # noqa: B027 - most are made from nothing that could be missing
+        """Raise InputError where what it is made from cannot be had: an extra that is not installed, a model."""
+
     def asks(self, view: LatentView) -> bool:
         """Whether scoring an explanation of this view would send requests to its language model."""
         return view.llm is not None and "llm" in self.needs
@@ -69,5 +73,19 @@ scorers: Registry[Scorer] = Registry(
         "detection": "exegete.scorers.detection:DetectionScorer",
         "fuzzing": "exegete.scorers.fuzzing:FuzzingScorer",
         "execution": "exegete.scorers.execution:ExecutionScorer",
+        "discrimination": "exegete.scorers.discrimination:DiscriminationScorer",
+        "surprisal": "exegete.scorers.surprisal:SurprisalScorer",
+        "embedding": "exegete.scorers.embedding:EmbeddingScorer",
+        "example_embedding": "exegete.scorers.example_embedding:ExampleEmbeddingScorer",
+        "simulation": "exegete.scorers.simulation:SimulationScorer",
+        "intruder": "exegete.scorers.intruder:IntruderScorer",
+        "generation": "exegete.scorers.generation:GenerationScorer",
+        "intervention": "exegete.scorers.intervention:InterventionScorer",
     },
 )
+
+
+def make_scorer(text: str, config: RunConfig) -> Scorer:
+    """Return the scorer that a configuration names, with its settings where the name says nothing else."""
+    wanted = {f.name: getattr(config.scoring, f.name) for f in fields(config.scoring)}
+    return scorers.from_text(text, {**wanted, "model": config.scoring.embedder})
