@@ -56,7 +56,8 @@ _DISK_ERRORS = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQL
 class ScoreColumn:
     """One metric over the latents of a coder, ordered by latent.
 
-    ``index`` [n], ``value``, ``low``, ``high`` [n] (NaN when nothing could be scored), ``n_total``, ``n_failed`` [n].
+    ``index`` [n], ``value``, ``low``, ``high`` [n] (NaN when nothing could be scored), ``n_total``, ``n_failed`` [n];
+    ``flags`` of each, joined by spaces.
     """
 
     index: npt.NDArray[np.int64]
@@ -65,6 +66,7 @@ class ScoreColumn:
     high: npt.NDArray[np.float64]
     n_total: npt.NDArray[np.int64]
     n_failed: npt.NDArray[np.int64]
+    flags: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -387,7 +389,7 @@ class Results:
         checks, or only those that are none.
         """
         sql = (
-            "SELECT idx, value, low, high, n_total, n_failed FROM scores "
+            "SELECT idx, value, low, high, n_total, n_failed, flags FROM scores "
             "WHERE coder = ? AND scorer = ? AND metric = ? AND control = ?"
         )
         values: tuple[str, ...] = (coder, scorer, metric, control)
@@ -398,7 +400,7 @@ class Results:
             sql += f" AND {'' if plumbing else 'NOT '}instr(flags, 'plumbing')"
         rows = self._database.execute(f"{sql} ORDER BY idx, id", values).fetchall()
         latest = {row[0]: row for row in rows}
-        index, value, low, high, n_total, n_failed = zip(*latest.values(), strict=True) if latest else ((),) * 6
+        index, value, low, high, n_total, n_failed, flags = zip(*latest.values(), strict=True) if latest else ((),) * 7
         return ScoreColumn(
             index=np.array(index, dtype=np.int64),
             value=np.array(value, dtype=np.float64),
@@ -406,6 +408,7 @@ class Results:
             high=np.array(high, dtype=np.float64),
             n_total=np.array(n_total, dtype=np.int64),
             n_failed=np.array(n_failed, dtype=np.int64),
+            flags=tuple(flags),
         )
 
     def scored(self) -> list[tuple[str, str, str]]:

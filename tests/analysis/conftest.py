@@ -125,6 +125,7 @@ def _coder(
         id_ = results.add_explanation(explanation, "explain-" + coder)
         good = float(np.clip(rng.normal(level, 0.09), 0.45, 1.0))
         for scorer, shift in (("detection", 0.0), ("fuzzing", -0.04)):
+            results.add_stage(f"{scorer}-{coder}", scorer, {"judge": "rule", "explain": "explain-" + coder})
             results.add_scoring(_judged(explanation, chosen, scorer, good + shift, rng), f"{scorer}-{coder}", id_)
         results.add_scoring(
             _executed(explanation, float(np.clip(rng.normal(auprc, 0.15), 0.02, 0.99)), rng), f"execution-{coder}", id_

@@ -167,10 +167,12 @@ def test_every_number_of_the_tables_is_the_summarys(index: Page, synthetic_run: 
                     [
                         f"{c.name} {e.name}",
                         s.scorer,
+                        "balanced accuracy",
                         s.judge,
                         f"{s.n:,}",
                         ci(s.median),
                         bracket(s.lift, sign=True),
+                        "other latents",
                         ci(s.null_mean),
                         ci(s.null_median),
                         percent(s.ties.value),
@@ -235,7 +237,9 @@ def test_a_latents_page_shows_its_scores_beside_their_nulls(report: Path, synthe
         a, b = own["detection", metric], null["detection", metric]
         assert row[2] == f"{number(a.value)} [{number(a.low)}, {number(a.high)}]"
         assert row[4] == f"{number(b.value)} [{number(b.low)}, {number(b.high)}]"
-        assert row[6:8] == [str(a.n_scored), str(a.n_failed)]
+        assert row[6] == str(a.n_scored)
+        widened = f" [{number(a.floor)}, {number(a.ceiling)}]" if a.n_failed else ""
+        assert row[7] == f"{a.n_failed}{widened}"
     assert rows["no rule", "AUPRC, smoothed bigram table"][2].startswith(number(own["baseline", "auprc_bigram"].value))
     assert rows["execution", "base rate"][2].startswith(small(own["execution", "base_rate"].value))
     assert rows["execution", "AUPRC"][4] == "–"

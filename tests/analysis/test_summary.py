@@ -33,14 +33,17 @@ def add(
     *,
     explainer: str = "rule",
     auprc: list[float] | None = None,
+    judge: str = "rule",
+    flags: tuple[str, ...] = (),
 ) -> None:
     """A coder with one latent per value; latent i fires at rate (i + 1) / 1000 with entropy i."""
+    results.add_stage(f"d {coder}", "detection", {"judge": judge, "explain": f"{explainer} {coder}"})
     for i, (value, null) in enumerate(zip(values, nulls, strict=True)):
         latent = LatentId(coder=coder, index=i)
         made = Explanation(latent=latent, text="t", status="ok", explainer={"name": explainer}, program={})
         id_ = results.add_explanation(made, f"{explainer} {coder}")
-        scores = [score(latent, "detection", "balanced_accuracy", value)]
-        scores.append(score(latent, "detection", "balanced_accuracy", null, control="other_latent"))
+        scores = [score(latent, "detection", "balanced_accuracy", value, flags=flags)]
+        scores.append(score(latent, "detection", "balanced_accuracy", null, control="other_latent", flags=flags))
         judged = tuple(
             Judgement(
                 row=r, start=0, document=0, stratum=s, truth=t, prediction=p, status="ok" if p is not None else "failed"
@@ -168,9 +171,28 @@ def test_explainers_are_kept_apart(results: Results) -> None:
     assert coder.n_explained == 2
 
 
+def test_plumbing_checks_stay_out_of_the_headlines(results: Results) -> None:
+    add(results, "a", [0.9, 0.8], [0.5, 0.5], flags=("plumbing",))
+    add(results, "a@random-coder", [0.6, 0.7], [0.5, 0.5], flags=("plumbing",))
+    summary = summarise(results)
+    (trained,) = summary.trained()
+    assert [s.plumbing for s in trained.explainers[0].scorers] == [True]
+    assert trained.explainers[0].measured == ()
+    assert [c.quantity for c in summary.contrasts] == ["token entropy"]
+    assert len(ranking(results, "a", trained.explainers[0])[1]) == 0
+    text = table_text(summary)
+    assert text.index("Latents") < text.index("Plumbing check, not a measurement: Scores beside their nulls")
+    # The same latents judged for good: both stand in the summary, and only these in its headline.
+    for i, latent in enumerate(results.explanations("a").values()):
+        good = (score(latent.latent, "detection", "balanced_accuracy", 0.6 + i / 10),)
+        results.add_scoring(Scoring(explanation=latent, scores=good, judgements={}), "again", i + 1)
+    (explainer,) = summarise(results).trained()[0].explainers
+    assert [(s.plumbing, round(s.median.value, 6)) for s in explainer.scorers] == [(False, 0.65), (True, 0.85)]
+
+
 def test_alive_follows_the_configured_rate(results: Results) -> None:
-    add(results, "a", [0.9] * 4, [0.5] * 4)
-    results.put_meta("config", {"latents": {"min_rate": 0.0025}, "llm": {"llm": "http://host/v1#some/judge"}})
+    add(results, "a", [0.9] * 4, [0.5] * 4, judge="http://host/v1#some/judge")
+    results.put_meta("config", {"latents": {"min_rate": 0.0025}})
     (coder,) = summarise(results).coders
     assert coder.n_alive == 2
     assert coder.explainers[0].scorers[0].judge == "some/judge"
@@ -209,7 +231,7 @@ def test_the_table_fits_and_prints_the_summary(synthetic_run: SyntheticRun) -> N
     assert max(map(len, lines)) <= 120
     assert lines[0].startswith("Trained against nulls")
     part = lines[lines.index("Latents") :]
-    scores = part[part.index("Balanced accuracy against other latents' explanations") :]
+    scores = part[part.index("Scores beside their nulls (medians over latents)") :]
     for coder in summary.coders:
         row = next(line for line in part if line.split()[:1] == [coder.name])
         assert [coder.n_latents, coder.n_alive, coder.n_selected] == [int(cell) for cell in row.split()[1:4]]
@@ -219,8 +241,6 @@ def test_the_table_fits_and_prints_the_summary(synthetic_run: SyntheticRun) -> N
             for shown in (
                 bracket(found.median, digits=2),
                 number(found.null_mean.value),
-                bracket(found.null_median, digits=2),
-                percent(found.ties.value),
                 bracket(found.lift, sign=True, digits=2),
             ):
                 assert f" {shown}" in row

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from exegete.analysis.curves import stratum_text
 from exegete.analysis.plots import Line, curves, firing_histogram, interval_bar
-from exegete.analysis.rendering import raw
+from exegete.analysis.rendering import flattened, raw
 from exegete.analysis.shapes import BASELINES, NULL, ROLE_TEXT, split_name
-from exegete.analysis.text import number, small
+from exegete.analysis.text import PLUMBING, metric_text, number, small
 from exegete.analysis.visible import visible_token
 from exegete.metrics import Interval
 from exegete.results import Results
@@ -47,13 +47,22 @@ def latent_context(
     return {
         "name": str(latent),
         "role_text": "" if role == "trained" else f"control of {base}: {ROLE_TEXT[role]}",
-        "explanations": [_explained(id_, e, scores, judges) for id_, e in explanations.items()],
+        "explanations": [
+            {**_explained(id_, e, scores, judges), "details": _details(results, id_, judges)}
+            for id_, e in explanations.items()
+        ],
+        "plumbing": PLUMBING,
         "stats": [] if stats is None else _facts(stats, examples),
         "histogram": None if stats is None else raw(firing_histogram(stats.histogram.tolist(), stats.edges.tolist())),
         "tokens": [] if stats is None else _top_tokens(stats, table),
         "has_examples": examples is not None,
         **({} if examples is None else _windows(examples, judged, table)),
     }
+
+
+def _details(results: Results, id_: int, judges: Mapping[str, str]) -> list[tuple[str, list[tuple[str, str]]]]:
+    found = [(scorer, results.detail(id_, scorer)) for scorer in sorted(judges)]
+    return [(scorer, flattened(data)) for scorer, data in found if data]
 
 
 def _explained(
@@ -66,7 +75,7 @@ def _explained(
         if decile and control == "none":
             mass[int(decile[1])] = _interval(score)
         elif control == "none":
-            rows.append(_score_row(score, mine.get((scorer, metric, NULL))))
+            rows.append(_score_row(score, _beside(mine, scorer, metric)))
     scorers = sorted({scorer for scorer, _, _ in mine} & set(judges))
     covered = [Line(label="share of mass", style="rule", points=tuple(mass[d] for d in sorted(mass)))]
     return {
@@ -82,12 +91,18 @@ def _explained(
     }
 
 
+def _beside(mine: Mapping[tuple[str, str, str], Score], scorer: str, metric: str) -> Score | None:
+    """Return the null of a score: other latents' explanations, or the first other control that it has."""
+    found = {control: score for (s, m, control), score in mine.items() if (s, m) == (scorer, metric)}
+    return found.get(NULL) or next((score for control, score in found.items() if control != "none"), None)
+
+
 def _score_row(score: Score, null: Score | None) -> dict[str, Any]:
     baseline = score.scorer == "baseline"
     beside = None if null is None else _interval(null)
     return {
         "scorer": "no rule" if baseline else score.scorer,
-        "metric": f"AUPRC, {BASELINES.get(score.metric, score.metric)}" if baseline else _metric(score.metric),
+        "metric": f"AUPRC, {BASELINES.get(score.metric, score.metric)}" if baseline else metric_text(score.metric),
         "tiny": score.metric == "base_rate",
         "score": _interval(score),
         "null": beside,
@@ -96,11 +111,10 @@ def _score_row(score: Score, null: Score | None) -> dict[str, Any]:
         "n_scored": score.n_scored,
         "n_failed": score.n_failed,
         "method": score.method,
+        "flags": score.flags,
+        "needed": score.n_needed,
+        "widened": (score.floor, score.ceiling) if score.n_failed and math.isfinite(score.floor) else None,
     }
-
-
-def _metric(name: str) -> str:
-    return {"auprc": "AUPRC", "f1": "F1", "pearson": "Pearson"}.get(name, name.replace("_", " "))
 
 
 def _interval(score: Score) -> Interval:

@@ -108,11 +108,19 @@ def differences(rows: Sequence[tuple[str, str, Mapping[str, Interval]]], quantit
     return _svg(width, height, parts, "Differences between trained coders and their controls, with intervals")
 
 
-def histogram(values: Floats, nulls: Floats, median: Interval, null_median: Interval, role: str) -> str:
-    """Return the distribution of a score over latents with that of its null behind it, over 0…1."""
+def histogram(
+    values: Floats,
+    nulls: Floats,
+    median: Interval,
+    null_median: Interval,
+    role: str,
+    domain: tuple[float, float] = (0.0, 1.0),
+) -> str:
+    """Return the distribution of a score over latents with that of its null behind it."""
     width, height, left, top, bottom = 440.0, 200.0, 34.0, 12.0, 30.0
-    axis = _Axis((0.0, 1.0), left, width - 10)
-    ours, theirs = _counts(values, (0.0, 1.0), 25), _counts(nulls, (0.0, 1.0), 25)
+    axis = _Axis(domain, left, width - 10)
+    ours, theirs = _counts(values, domain, 25), _counts(nulls, domain, 25)
+    edges = np.linspace(*domain, 26).tolist()
     tallest = max(int(ours.max()), int(theirs.max()), 1)
     scale = (height - top - bottom) / tallest
     floor = height - bottom
@@ -123,11 +131,10 @@ def histogram(values: Floats, nulls: Floats, median: Interval, null_median: Inte
     for counts, style, inset in ((theirs, "null", 0.0), (ours, f"r-{role}", 1.4)):
         for i, count in enumerate(counts.tolist()):
             if count:
-                x, next_x = axis(i / 25) + inset, axis((i + 1) / 25) - inset
+                x, next_x = axis(edges[i]) + inset, axis(edges[i + 1]) - inset
                 y = floor - count * scale
-                title = (
-                    f"{'null' if style == 'null' else 'score'} {i / 25:.2f} to {(i + 1) / 25:.2f}: {count:,} latents"
-                )
+                kind = "null" if style == "null" else "score"
+                title = f"{kind} {edges[i]:.2f} to {edges[i + 1]:.2f}: {count:,} latents"
                 parts.append(
                     f'<rect class="bar {style}" x="{x:.1f}" y="{y:.1f}" width="{next_x - x:.1f}" '
                     f'height="{floor - y:.1f}"><title>{title}</title></rect>'

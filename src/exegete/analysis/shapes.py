@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -12,7 +13,8 @@ NULL = "other_latent"
 HEADLINE = "balanced_accuracy"
 ROLES = ("trained", "random-coder", "random-subject")
 ROLE_TEXT = {"trained": "trained", "random-coder": "random coder", "random-subject": "random subject"}
-JUDGED_METRICS = ("sensitivity", "specificity", "f1")
+EXECUTED = ("execution", "baseline")
+"""Scorers without a judge, which have a table of their own."""
 EXECUTED_METRICS = ("auprc", "precision", "recall", "f1", "pearson", "base_rate")
 BASELINES = {
     "auprc_bigram": "smoothed bigram table",
@@ -25,20 +27,45 @@ THIRDS = ("rarest third", "middle third", "most frequent third")
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScorerSummary:
-    """One scorer over the latents of a coder: balanced accuracy, its null, and the paired lift.
+class Scale:
+    """The range of a metric, and what chance gives where that is known."""
 
-    ``judge`` is who judged; ``n`` latents have a score, ``n_unscored`` have none because every judgement failed;
-    ``n_failed`` of ``n_total`` judgements failed; ``ties`` is the share of nulls that are exactly 0.5; ``others`` are
-    the medians of the scorer's other metrics.
+    low: float
+    high: float
+    chance: float | None
+
+
+SCALES: Mapping[str, Scale] = {
+    "balanced_accuracy": Scale(low=0.0, high=1.0, chance=0.5),
+    "auroc": Scale(low=0.0, high=1.0, chance=0.5),
+    "accuracy": Scale(low=0.0, high=1.0, chance=None),
+    "pearson": Scale(low=-1.0, high=1.0, chance=0.0),
+}
+"""Metrics with bounds; others are pictured over the range of their values."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorerSummary:
+    """One scorer over the latents of a coder: its headline metric, the null of that, and the paired lift.
+
+    ``judge`` is who judged; ``null`` is the control beside it, empty where it has none; ``plumbing`` says that its
+    numbers check the pipeline and measure nothing. ``n`` latents have a score, ``n_unscored`` have none because every
+    judgement failed; ``n_failed`` of ``n_total`` judgements failed; ``few_documents`` of the scores rest on fewer than
+    20 documents; ``ties`` is the share of nulls that are exactly 0.5; ``others`` are the medians of the scorer's other
+    metrics.
     """
 
     scorer: str
+    metric: str
+    null: str
+    plumbing: bool
     judge: str
     n: int
     n_unscored: int
     n_failed: int
     n_total: int
+    few_documents: int
     median: Interval
     null_mean: Interval
     null_median: Interval
@@ -88,7 +115,12 @@ class ExplainerSummary:
 
     def scorer(self, name: str) -> ScorerSummary | None:
         """Return the summary of one scorer, None when it was not run."""
-        return next((s for s in self.scorers if s.scorer == name), None)
+        return next((s for s in self.scorers if s.scorer == name and not s.plumbing), None)
+
+    @property
+    def measured(self) -> tuple[ScorerSummary, ...]:
+        """The scorers whose numbers are measurements."""
+        return tuple(s for s in self.scorers if not s.plumbing)
 
 
 @final
@@ -137,11 +169,56 @@ class Contrast:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How two scorers rank the same ``n`` latents: Spearman's correlation, with Fisher's interval."""
+
+    coder: str
+    explainer: str
+    left: str
+    right: str
+    n: int
+    spearman: Interval
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LLMLift:
+    """What a language model's explanations add to rules, paired over the latents that have both.
+
+    ``over_english`` is (its text, judged) − (the rule's English, by the same judge), None where that was not judged;
+    ``over_rule`` is (its text, judged) − (the rule, executed on the same windows).
+    """
+
+    coder: str
+    explainer: str
+    scorer: str
+    judge: str
+    n: int
+    over_english: Interval | None
+    over_rule: Interval | None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputLatent:
+    """A latent whose explanation tells what it does rather than where it fires: causal score high, detection low."""
+
+    coder: str
+    index: int
+    intervention: float
+    detection: float
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
     """Everything the report and the terminal table print."""
 
     coders: tuple[CoderSummary, ...]
     contrasts: tuple[Contrast, ...]
+    agreements: tuple[Agreement, ...] = ()
+    llm_lifts: tuple[LLMLift, ...] = ()
+    output_latents: tuple[OutputLatent, ...] = ()
 
     def trained(self) -> tuple[CoderSummary, ...]:
         """Return the coders that are no nulls."""

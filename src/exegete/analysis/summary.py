@@ -16,12 +16,13 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
+from exegete.analysis.across import agreements, llm_lifts, output_latents
 from exegete.analysis.curves import judged_curves
 from exegete.analysis.shapes import (
     BASELINES,
+    EXECUTED,
     EXECUTED_METRICS,
     HEADLINE,
-    JUDGED_METRICS,
     NULL,
     ROLES,
     THIRDS,
@@ -56,15 +57,25 @@ def summarise(results: Results) -> RunSummary:
             if coder.role != "trained" and coder.base in names
             for contrast in _contrasts(results, latents, coder)
         )
-    return RunSummary(coders=coders, contrasts=contrasts)
+        own = [(c, e) for c in coders if c.role == "trained" for e in c.explainers]
+        return RunSummary(
+            coders=coders,
+            contrasts=contrasts,
+            agreements=tuple(a for c, e in own for a in agreements(results, c, e)),
+            llm_lifts=tuple(lift for c in coders if c.role == "trained" for lift in llm_lifts(results, c)),
+            output_latents=tuple(latent for c, e in own for latent in output_latents(results, c, e)),
+        )
 
 
 def ranking(results: Results, coder: str, explainer: ExplainerSummary) -> tuple[str, ScoreColumn]:
     """Return what latents are ranked by, best first to worst: executed AUPRC, or else the first scorer's accuracy."""
     if explainer.executed is not None:
         return "executed AUPRC", results.score_column(coder, "execution", "auprc", explainer=explainer.key)
-    scorer = explainer.scorers[0].scorer if explainer.scorers else "detection"
-    return f"{scorer} balanced accuracy", results.score_column(coder, scorer, HEADLINE, explainer=explainer.key)
+    scorer, metric = "detection", HEADLINE
+    if explainer.measured:
+        scorer, metric = explainer.measured[0].scorer, explainer.measured[0].metric
+    column = results.score_column(coder, scorer, metric, explainer=explainer.key, plumbing=False)
+    return f"{scorer} {metric.replace('_', ' ')}", column
 
 
 @final
@@ -130,9 +141,8 @@ def _coder(results: Results, latents: _Latents, name: str) -> CoderSummary:
 def _explainer(results: Results, latents: _Latents, coder: str, key: str, name: str) -> ExplainerSummary:
     explanations = results.explanations(coder, key=key)
     statuses = Counter(e.status for e in explanations.values())
-    executable = any(e.program is not None for e in explanations.values())
-    kinds = dict.fromkeys(s for s, metric, control in results.scored() if metric == HEADLINE and control == "none")
-    scorers = [_scorer(results, coder, key, kind, executable) for kind in kinds]
+    kinds = [(scorer, metric) for scorer, metric in results.headlines() if scorer not in EXECUTED]
+    scorers = [_scorer(results, coder, key, *kind, plumbing) for plumbing in (False, True) for kind in kinds]
     executed = results.score_column(coder, "execution", "auprc", explainer=key)
     present = executed.index[np.isfinite(executed.value)]
     mass = [results.score_column(coder, "execution", f"mass_decile_{d}", explainer=key) for d in range(10)]
@@ -147,36 +157,42 @@ def _explainer(results: Results, latents: _Latents, coder: str, key: str, name: 
     )
 
 
-def _scorer(results: Results, coder: str, key: str, scorer: str, executable: bool) -> ScorerSummary:
-    score = results.score_column(coder, scorer, HEADLINE, explainer=key)
-    null = results.score_column(coder, scorer, HEADLINE, control=NULL, explainer=key)
+def _scorer(results: Results, coder: str, key: str, scorer: str, metric: str, plumbing: bool) -> ScorerSummary:
+    def column(name: str, control: str = "none") -> ScoreColumn:
+        return results.score_column(coder, scorer, name, control=control, explainer=key, plumbing=plumbing)
+
+    stored = results.scored()
+    controls = [c for s, m, c in stored if (s, m) == (scorer, metric) and c != "none"]
+    control = NULL if NULL in controls or not controls else controls[0]
+    score, null = column(metric), column(metric, control)
     values, nulls = _finite(score.value), _finite(null.value)
-    both, beside = _paired(score, null)
-    others = [(m, results.score_column(coder, scorer, m, explainer=key)) for m in JUDGED_METRICS]
+    names = [m for s, m, c in stored if s == scorer and c == "none" and m != metric]
+    others = [(name, column(name)) for name in names]
     return ScorerSummary(
         scorer=scorer,
-        judge=_judge(results, executable),
+        metric=metric,
+        null=control if controls else "",
+        plumbing=plumbing,
+        judge=_judge(results, coder, scorer, key),
         n=len(values),
         n_unscored=len(score) - len(values),
         n_failed=int(score.n_failed.sum()),
         n_total=int(score.n_total.sum()),
+        few_documents=sum("few_documents" in flags for flags in score.flags),
         median=median_interval(values),
         null_mean=mean_interval(nulls),
         null_median=median_interval(nulls),
         ties=share_of_ties(nulls),
-        lift=paired_lift(both, beside).median,
-        others=tuple((name, median_interval(_finite(column.value))) for name, column in others if len(column)),
-        curves=judged_curves(results, coder, scorer, key, ("none", NULL)),
+        lift=paired_lift(*_paired(score, null)).median,
+        others=tuple((name, median_interval(_finite(found.value))) for name, found in others if len(found)),
+        curves=judged_curves(results, coder, scorer, key, ("none", NULL)) if metric == HEADLINE and len(score) else (),
     )
 
 
-def _judge(results: Results, executable: bool) -> str:
-    """Return who judged: the executed rule itself, or the language model of the run's configuration."""
-    config = results.get_meta("config") or {}
-    llm = str((config.get("llm") or {}).get("llm") or "none")
-    if llm == "none":
-        return "executed rule" if executable else "unknown"
-    return llm.rpartition("#")[2] or llm
+def _judge(results: Results, coder: str, scorer: str, key: str) -> str:
+    """Return who judged: the executed rule itself, or a language model by its short name."""
+    judge = results.judge(coder, scorer, key) or "unknown"
+    return "executed rule" if judge == "rule" else judge.rpartition("#")[2] or judge
 
 
 def _executed(
@@ -240,10 +256,10 @@ def _contrasts(results: Results, latents: _Latents, null: CoderSummary) -> list[
         here = keys.get(there.name)
         if here is None:
             continue
-        for scorer in [s.scorer for s in there.scorers]:
-            pairs = [_lifts(results, coder, scorer, key) for coder, key in ((null.base, here), (null.name, there.key))]
-            add(there.name, scorer, pairs[0][0], pairs[1][0])
-            add(there.name, f"{scorer} lift", pairs[0][1], pairs[1][1])
+        for s in there.measured:
+            pairs = [_lifts(results, coder, s, key) for coder, key in ((null.base, here), (null.name, there.key))]
+            add(there.name, s.scorer, pairs[0][0], pairs[1][0])
+            add(there.name, f"{s.scorer} lift", pairs[0][1], pairs[1][1])
         for metric in ("auprc",):
             values = [
                 _finite(results.score_column(coder, "execution", metric, explainer=key).value)
@@ -254,10 +270,12 @@ def _contrasts(results: Results, latents: _Latents, null: CoderSummary) -> list[
     return found
 
 
-def _lifts(results: Results, coder: str, scorer: str, key: str) -> tuple[Floats, Floats]:
+def _lifts(results: Results, coder: str, scorer: ScorerSummary, key: str) -> tuple[Floats, Floats]:
     """Return a coder's scores, and score minus own null for each latent that has both."""
-    score = results.score_column(coder, scorer, HEADLINE, explainer=key)
-    both, beside = _paired(score, results.score_column(coder, scorer, HEADLINE, control=NULL, explainer=key))
+    name, metric = scorer.scorer, scorer.metric
+    score = results.score_column(coder, name, metric, explainer=key, plumbing=False)
+    null = results.score_column(coder, name, metric, control=scorer.null or NULL, explainer=key, plumbing=False)
+    both, beside = _paired(score, null)
     return _finite(score.value), both - beside
 
 

@@ -12,6 +12,9 @@ from exegete.metrics import Interval
 WIDTH = 120
 _NAME = 30  # columns for the name of a coder
 NONE = "–"
+PLUMBING = "plumbing check, not a measurement"
+NULL_TEXT = {"other_latent": "other latents"}
+_METRICS = {"auroc": "AUROC", "auprc": "AUPRC", "f1": "F1", "pearson": "Pearson", "icc": "ICC", "ece": "ECE"}
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -50,6 +53,11 @@ def percent(share: float) -> str:
     return NONE if not math.isfinite(share) else f"{100 * share:.1f} %"
 
 
+def metric_text(name: str) -> str:
+    """Return a metric's name for people."""
+    return " ".join(_METRICS.get(word, word) for word in name.split("_"))
+
+
 def table_text(summary: RunSummary) -> str:
     """Return the tables of a run: controls first, then latents, scores against the null, executed rules."""
     if not summary.coders:
@@ -57,8 +65,9 @@ def table_text(summary: RunSummary) -> str:
     parts = [
         *_controls(summary.contrasts),
         *_latents(summary.coders),
-        *_scores(summary.coders),
+        *_scores(summary.coders, plumbing=False),
         *_executed(summary.coders),
+        *_scores(summary.coders, plumbing=True),
     ]
     return "\n".join(parts).rstrip()
 
@@ -107,26 +116,28 @@ def _latents(coders: Sequence[CoderSummary]) -> list[str]:
     return lines
 
 
-def _scores(coders: Sequence[CoderSummary]) -> list[str]:
+def _scores(coders: Sequence[CoderSummary], *, plumbing: bool) -> list[str]:
+    """Return the table of scores beside their nulls: those that are measurements, or those that only check."""
     rows = [
         (
             f"{_short(coder.name)} {explainer.name}",
             s.scorer,
+            metric_text(s.metric),
             f"{s.n:,}",
             bracket(s.median, digits=2),
             number(s.null_mean.value),
-            bracket(s.null_median, digits=2),
-            percent(s.ties.value),
             bracket(s.lift, sign=True, digits=2),
         )
         for coder in coders
         for explainer in coder.explainers
         for s in explainer.scorers
+        if s.plumbing == plumbing
     ]
     if not rows:
         return []
-    heads = ("coder", "scorer", "n", "median score", "null mean", "null median", "=0.5", "lift over own null")
-    return _table("Balanced accuracy against other latents' explanations", heads, rows, left=2)
+    heads = ("coder", "scorer", "metric", "n", "median score", "null mean", "lift over null")
+    title = "Scores beside their nulls (medians over latents)"
+    return _table(f"{PLUMBING.capitalize()}: {title}" if plumbing else title, heads, rows, left=3)
 
 
 def _executed(coders: Sequence[CoderSummary]) -> list[str]:

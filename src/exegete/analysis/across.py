@@ -1,0 +1,159 @@
+"""What scores say together: how scorers agree over latents, what language models add to rules, output latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from exegete.analysis.shapes import HEADLINE, Agreement, CoderSummary, ExplainerSummary, LLMLift, OutputLatent
+from exegete.metrics import Interval, paired_lift
+from exegete.results import Results, ScoreColumn
+from exegete.types import Array
+
+LEAST = 8
+"""Latents below which no correlation is told."""
+CAUSAL, JUDGED = "intervention", ("detection", "fuzzing")
+N_OUTPUT = 20
+
+
+def agreements(results: Results, coder: CoderSummary, explainer: ExplainerSummary) -> tuple[Agreement, ...]:
+    """Return how each pair of scorers agrees on the latents of a coder; measurements only."""
+    columns = {
+        s.scorer: results.score_column(coder.name, s.scorer, s.metric, explainer=explainer.key, plumbing=False)
+        for s in explainer.measured
+    }
+    names, found = list(columns), []
+    for i, left in enumerate(names):
+        for right in names[i + 1 :]:
+            a, b = shared(columns[left], columns[right])
+            if len(a) >= LEAST:
+                found.append(
+                    Agreement(
+                        coder=coder.name,
+                        explainer=explainer.name,
+                        left=left,
+                        right=right,
+                        n=len(a),
+                        spearman=spearman(a, b),
+                    )
+                )
+    return tuple(found)
+
+
+def spearman(a: Array, b: Array) -> Interval:
+    """Return Spearman's correlation of pairs; Fisher's interval with the variance of Bonett and Wright (2000)."""
+    from scipy import stats
+
+    n = len(a)
+    if n < 4 or not (np.ptp(a) and np.ptp(b)):
+        return Interval(value=math.nan, low=math.nan, high=math.nan, method="bonett-wright", n=0)
+    value = float(stats.spearmanr(a, b).statistic)
+    bounded = min(max(value, -0.9999999), 0.9999999)
+    half = 1.959963984540054 * math.sqrt((1 + bounded**2 / 2) / (n - 3))
+    centre = math.atanh(bounded)
+    low, high = math.tanh(centre - half), math.tanh(centre + half)
+    return Interval(value=value, low=min(low, value), high=max(high, value), method="bonett-wright", n=n)
+
+
+def llm_lifts(results: Results, coder: CoderSummary) -> tuple[LLMLift, ...]:
+    """Return what each language model's explanations of a coder add to the rules of the same latents."""
+    rules = [e for e in coder.explainers if e.executed is not None or e.name == "rule"]
+    found = []
+    for explainer in coder.explainers:
+        if explainer in rules:
+            continue
+        for s in explainer.measured:
+            if s.metric != HEADLINE or s.judge == "executed rule":
+                continue
+            column = results.score_column(coder.name, s.scorer, s.metric, explainer=explainer.key, plumbing=False)
+            by: dict[str, Interval] = {}
+            for rule in rules:
+                for judge in ("english", "rule"):
+                    name = s.judge if judge == "english" else "executed rule"
+                    other = _judged_by(results, coder.name, s.scorer, s.metric, rule.key, name)
+                    pairs = shared(column, other)
+                    if len(pairs[0]):
+                        by[judge] = paired_lift(*pairs).mean
+            if by:
+                found.append(
+                    LLMLift(
+                        coder=coder.name,
+                        explainer=explainer.name,
+                        scorer=s.scorer,
+                        judge=s.judge,
+                        n=max(i.n for i in by.values()),
+                        over_english=by.get("english"),
+                        over_rule=by.get("rule"),
+                    )
+                )
+    return tuple(found)
+
+
+def output_latents(results: Results, coder: CoderSummary, explainer: ExplainerSummary) -> tuple[OutputLatent, ...]:
+    """Return the latents whose causal score lies in the best third and whose detection lies in the worst, best first.
+
+    Only latents whose causal score is above 0 with its whole interval count: the paper's "reputation" latent, detection
+    0.6 with a clear effect, is of this kind (arXiv 2410.13928, section 3.2.1).
+    """
+    by = {s.scorer: s for s in explainer.measured}
+    causal = by.get(CAUSAL)
+    judged = next((by[name] for name in JUDGED if name in by), None)
+    if causal is None or judged is None:
+        return ()
+    effect = results.score_column(coder.name, CAUSAL, causal.metric, explainer=explainer.key, plumbing=False)
+    seen = results.score_column(coder.name, judged.scorer, judged.metric, explainer=explainer.key, plumbing=False)
+    both, here, there = np.intersect1d(effect.index, seen.index, assume_unique=True, return_indices=True)
+    value, low, detected = effect.value[here], effect.low[here], seen.value[there]
+    known = np.isfinite(value) & np.isfinite(detected)
+    if known.sum() < LEAST:
+        return ()
+    high, poor = np.quantile(value[known], 2 / 3), np.quantile(detected[known], 1 / 3)
+    wanted = np.flatnonzero(known & (low > 0) & (value >= high) & (detected <= poor))
+    order = wanted[np.argsort(-value[wanted], kind="stable")][:N_OUTPUT]
+    return tuple(
+        OutputLatent(coder=coder.name, index=int(both[i]), intervention=float(value[i]), detection=float(detected[i]))
+        for i in order
+    )
+
+
+def shared(left: ScoreColumn, right: ScoreColumn) -> tuple[Array, Array]:
+    """Return the values of two metrics over the latents that have both, in order of latent."""
+    _, here, there = np.intersect1d(left.index, right.index, assume_unique=True, return_indices=True)
+    a, b = left.value[here], right.value[there]
+    keep = np.isfinite(a) & np.isfinite(b)
+    return a[keep], b[keep]
+
+
+def _judged_by(results: Results, coder: str, scorer: str, metric: str, explainer: str, judge: str) -> ScoreColumn:
+    """Return the scores of a stage's explanations by one judge, named as the summary names it."""
+    wanted = [key for key, (_, spec) in results.stages().items() if _judge_name(spec) == judge]
+    rows = [
+        s
+        for key in wanted
+        for s in results.scores(coder=coder, scorer=scorer, metric=metric, control="none", key=key)
+        if not s.plumbing and _explained_by(results, key) == explainer
+    ]
+    latest: Mapping[int, float] = {s.latent.index: s.value for s in rows}
+    index = sorted(latest)
+    values = np.array([latest[i] for i in index], dtype=np.float64)
+    none = np.zeros(len(index), dtype=np.int64)
+    return ScoreColumn(
+        index=np.array(index, dtype=np.int64), value=values, low=values, high=values, n_total=none, n_failed=none
+    )
+
+
+def _explained_by(results: Results, key: str) -> str:
+    return str(results.stages()[key][1].get("explain", ""))
+
+
+def _judge_name(spec: object) -> str:
+    judge = spec.get("judge") if isinstance(spec, Mapping) else None
+    return "executed rule" if judge == "rule" else str(judge or "").rpartition("#")[2] or str(judge or "")
+
+
+def matrix(found: Sequence[Agreement]) -> tuple[tuple[str, ...], Mapping[tuple[str, str], Agreement]]:
+    """Return the names of scorers and their agreements by pair, both ways round, for a square table."""
+    names = tuple(dict.fromkeys(name for a in found for name in (a.left, a.right)))
+    return names, {pair: a for a in found for pair in ((a.left, a.right), (a.right, a.left))}
