@@ -14,15 +14,12 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-import numpy as np
-import numpy.typing as npt
-
 from exegete.errors import BusyError, CorruptError, InputError, NotFoundError
 from exegete.files import fault_point
+from exegete.results_columns import ScoreColumn, only_plumbing, score_column
 from exegete.results_connection import close, connect, marks, where_of
 from exegete.results_packing import JudgementColumns, pack, unpack, unpack_columns
 from exegete.results_rows import (
@@ -49,27 +46,6 @@ if TYPE_CHECKING:
     from exegete.scorers.scorer import Scoring
 
 _DISK_ERRORS = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY})
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreColumn:
-    """One metric over the latents of a coder, ordered by latent.
-
-    ``index`` [n], ``value``, ``low``, ``high`` [n] (NaN when nothing could be scored), ``n_total``, ``n_failed`` [n];
-    ``flags`` of each, joined by spaces.
-    """
-
-    index: npt.NDArray[np.int64]
-    value: npt.NDArray[np.float64]
-    low: npt.NDArray[np.float64]
-    high: npt.NDArray[np.float64]
-    n_total: npt.NDArray[np.int64]
-    n_failed: npt.NDArray[np.int64]
-    flags: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.index)
 
 
 @final
@@ -388,27 +364,8 @@ class Results:
         When a latent was scored more than once, the latest counts. ``plumbing`` takes only scores that are plumbing
         checks, or only those that are none.
         """
-        sql = (
-            "SELECT idx, value, low, high, n_total, n_failed, flags FROM scores "
-            "WHERE coder = ? AND scorer = ? AND metric = ? AND control = ?"
-        )
-        values: tuple[str, ...] = (coder, scorer, metric, control)
-        if explainer is not None:
-            sql += " AND explanation IN (SELECT id FROM explanations WHERE key = ? AND coder = ?)"
-            values += (explainer, coder)
-        if plumbing is not None:
-            sql += f" AND {'' if plumbing else 'NOT '}instr(flags, 'plumbing')"
-        rows = self._database.execute(f"{sql} ORDER BY idx, id", values).fetchall()
-        latest = {row[0]: row for row in rows}
-        index, value, low, high, n_total, n_failed, flags = zip(*latest.values(), strict=True) if latest else ((),) * 7
-        return ScoreColumn(
-            index=np.array(index, dtype=np.int64),
-            value=np.array(value, dtype=np.float64),
-            low=np.array(low, dtype=np.float64),
-            high=np.array(high, dtype=np.float64),
-            n_total=np.array(n_total, dtype=np.int64),
-            n_failed=np.array(n_failed, dtype=np.int64),
-            flags=tuple(flags),
+        return score_column(
+            self._database, coder, scorer, metric, control=control, explainer=explainer, plumbing=plumbing
         )
 
     def scored(self) -> list[tuple[str, str, str]]:
@@ -449,13 +406,24 @@ class Results:
         return {index: dict(from_json(data)) for index, data in self._database.execute(sql, values)}
 
     def judgement_columns(
-        self, coder: str, scorer: str, *, control: str = "none", explainer: str | None = None
+        self,
+        coder: str,
+        scorer: str,
+        *,
+        control: str = "none",
+        explainer: str | None = None,
+        plumbing: bool | None = None,
     ) -> Iterator[tuple[LatentId, JudgementColumns]]:
-        """Yield the judgements of each latent as arrays, ordered by latent."""
+        """Yield the judgements of each latent as arrays, ordered by latent; ``plumbing`` as for ``score_column``."""
         where, values = where_of(**{"e.coder": coder, "scorer": scorer, "control": control, "e.key": explainer})
+        if plumbing is not None:
+            flagged = (
+                "SELECT 1 FROM scores s WHERE s.key = j.key AND s.explanation = e.id AND instr(s.flags, 'plumbing')"
+            )
+            where += f" AND {'' if plumbing else 'NOT '}EXISTS ({flagged})"
         sql = (
             "SELECT e.coder, e.idx, j.packed FROM judgements j JOIN explanations e ON e.id = j.explanation"
-            f"{where} ORDER BY e.idx, e.id, j.key"
+            f"{where}{only_plumbing(plumbing)} ORDER BY e.idx, e.id, j.key"
         )
         for name, index, packed in self._database.execute(sql, values):
             yield LatentId(coder=name, index=index), unpack_columns(packed)

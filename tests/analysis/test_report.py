@@ -18,7 +18,8 @@ from exegete.analysis.shapes import BASELINES
 from exegete.analysis.summary import summarise
 from exegete.analysis.text import bracket, number, percent, small
 from exegete.metrics import Interval
-from exegete.results import Results, ScoreColumn
+from exegete.results import Results
+from exegete.results_columns import ScoreColumn
 from exegete.scorers.scorer import Scoring
 from exegete.tokens import TokenTable
 from exegete.types import Example, ExampleSet, Explanation, Judgement, LatentId, LatentStats, Score, Skipped

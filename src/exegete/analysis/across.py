@@ -9,7 +9,8 @@ import numpy as np
 
 from exegete.analysis.shapes import HEADLINE, Agreement, CoderSummary, ExplainerSummary, LLMLift, OutputLatent
 from exegete.metrics import Interval, paired_lift
-from exegete.results import Results, ScoreColumn
+from exegete.results import Results
+from exegete.results_columns import ScoreColumn
 from exegete.types import Array
 
 LEAST = 8

@@ -28,13 +28,15 @@ class Curve:
 
 
 def judged_curves(
-    results: Results, coder: str, scorer: str, explainer: str, controls: Sequence[str]
+    results: Results, coder: str, scorer: str, explainer: str, controls: Sequence[str], *, plumbing: bool = False
 ) -> tuple[Curve, ...]:
     """Return the curves of one scorer, for firing and silent strata under each control. Failed judgements are out."""
     curves: list[Curve] = []
     for control in controls:
         shares: dict[tuple[bool, str], list[float]] = {}
-        for _, columns in results.judgement_columns(coder, scorer, control=control, explainer=explainer):
+        for _, columns in results.judgement_columns(
+            coder, scorer, control=control, explainer=explainer, plumbing=plumbing
+        ):
             judged = columns.prediction >= 0
             place = 2 * columns.stratum.astype(np.int64)[judged] + columns.truth[judged]
             right = (columns.prediction == columns.truth)[judged]

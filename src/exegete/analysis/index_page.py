@@ -26,7 +26,8 @@ from exegete.analysis.shapes import (
 from exegete.analysis.summary import ranking
 from exegete.analysis.text import NULL_TEXT, PLUMBING, bracket, metric_text, number, percent, small
 from exegete.metrics import Interval
-from exegete.results import Results, ScoreColumn
+from exegete.results import Results
+from exegete.results_columns import ScoreColumn
 from exegete.types import Explanation, LatentId
 
 N_EXTREMES = 10

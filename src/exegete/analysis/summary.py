@@ -37,7 +37,8 @@ from exegete.analysis.shapes import (
 from exegete.analysis.text import table_text
 from exegete.files import canonical_json
 from exegete.metrics import difference_of_medians, mean_interval, median_interval, paired_lift, share_of_ties
-from exegete.results import Results, ScoreColumn
+from exegete.results import Results
+from exegete.results_columns import ScoreColumn
 from exegete.results_rows import plain
 
 __all__ = ["ranking", "summarise", "summary_json", "table_text"]
@@ -168,6 +169,7 @@ def _scorer(results: Results, coder: str, key: str, scorer: str, metric: str, pl
     values, nulls = _finite(score.value), _finite(null.value)
     names = [m for s, m, c in stored if s == scorer and c == "none" and m != metric]
     others = [(name, column(name)) for name in names]
+    judged = metric == HEADLINE and len(score) > 0
     return ScorerSummary(
         scorer=scorer,
         metric=metric,
@@ -185,7 +187,7 @@ def _scorer(results: Results, coder: str, key: str, scorer: str, metric: str, pl
         ties=share_of_ties(nulls),
         lift=paired_lift(*_paired(score, null)).median,
         others=tuple((name, median_interval(_finite(found.value))) for name, found in others if len(found)),
-        curves=judged_curves(results, coder, scorer, key, ("none", NULL)) if metric == HEADLINE and len(score) else (),
+        curves=judged_curves(results, coder, scorer, key, ("none", NULL), plumbing=plumbing) if judged else (),
     )
 
 

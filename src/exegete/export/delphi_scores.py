@@ -30,7 +30,8 @@ def write_findings(results: Results, work: Path, name: str, store: Store, window
     judged, found after the explanations that were.
 
     What has no explanation (refused, unparsed, failed) gets no file: delphi would take any text for one. A judgement
-    that failed has neither prediction nor correctness, as in delphi's own files.
+    that failed has neither prediction nor correctness, as in delphi's own files. Those of a simulated judge, which are
+    no measurements, are left out.
     """
     explainers = results.explainers(store.name)
     if not explainers:
@@ -43,7 +44,7 @@ def write_findings(results: Results, work: Path, name: str, store: Store, window
             _write(work / "explanations", name, explanation.latent.index, explanation.text)
     found = set()
     for scorer, folder in SCORERS.items():
-        for latent, judged in results.judgement_columns(store.name, scorer, explainer=key):
+        for latent, judged in results.judgement_columns(store.name, scorer, explainer=key, plumbing=False):
             if latent.index in explained:
                 found.add(folder)
                 _write(work / "scores" / folder, name, latent.index, _samples(judged, store, latent.index, window))
@@ -51,7 +52,7 @@ def write_findings(results: Results, work: Path, name: str, store: Store, window
 
 
 def _judged(results: Results, coder: str, key: str) -> bool:
-    found = (results.judgement_columns(coder, scorer, explainer=key) for scorer in SCORERS)
+    found = (results.judgement_columns(coder, scorer, explainer=key, plumbing=False) for scorer in SCORERS)
     return any(next(judged, None) is not None for judged in found)
 
 
