@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from exegete.api import certify as certify
     from exegete.api import collect as collect
     from exegete.api import explain as explain
     from exegete.api import explain_async as explain_async
@@ -52,6 +53,7 @@ _HOMES = {
     "RunConfig": "exegete.config",
     "Score": "exegete.types",
     "Skipped": "exegete.types",
+    "certify": "exegete.api",
     "collect": "exegete.api",
     "direction_coder": "exegete.coders",
     "explain": "exegete.api",

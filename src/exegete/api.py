@@ -10,7 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from exegete.config import CollectConfig, CorpusConfig, ExampleConfig, LLMConfig, RunConfig, merge
 from exegete.errors import InputError, unknown
@@ -19,12 +19,15 @@ from exegete.pipeline import Pipeline, check_llm, run_pipeline
 from exegete.preparing import Prepared
 from exegete.runs import Run, example_config
 from exegete.scorers.scorer import scorers
+from exegete.scoring import flagged
 from exegete.types import ExampleSet, Explanation, Score, Skipped
-from exegete.views import Donor, LatentView
+from exegete.views import Donor, LatentView, Near
 
 if TYPE_CHECKING:
+    from exegete.analysis.shapes import Certified
     from exegete.coders.coder import SparseCoder
     from exegete.llm.client import LLMClient
+    from exegete.llm.reader import Reader
     from exegete.planning import Plan
     from exegete.store.corpus import Corpus
     from exegete.store.store import Store
@@ -158,6 +161,31 @@ def export_run(run: Run, *, to: str, out: str | Path, coders: Sequence[str] | No
     return exported(run, to=to, out=Path(out), coders=coders)
 
 
+def certify(
+    run: Run,
+    coder: str,
+    *,
+    scorer: str = "detection",
+    level: float | None = None,
+    rate: float = 0.05,
+    correction: Literal["e-bh", "by", "bh"] = "e-bh",
+    worst: bool = False,
+) -> Certified:
+    """Return the latents of a coder whose balanced accuracy is certified to be above ``level``, strongest first.
+
+    At most a share ``rate`` of them is expected not to be. The level is 0.7 by default, or what latents judged in
+    rounds were held against. Raises NotFoundError when the scorer has measured nothing of the coder, InputError for
+    values that make no test.
+    """
+    from exegete.analysis.certify import certify as certified
+
+    results = run.results()
+    try:
+        return certified(results, coder, scorer=scorer, level=level, rate=rate, correction=correction, worst=worst)
+    finally:
+        results.close()
+
+
 def explain(
     what: LatentView | ExampleSet,
     *,
@@ -187,35 +215,61 @@ def score(
     metric: str | None = None,
     llm: str | LLMClient | None = None,
     donors: Sequence[Explanation] = (),
+    near: Sequence[Explanation] = (),
+    subject: Subject | None = None,
+    coder: SparseCoder | None = None,
+    reader: str | Reader | None = None,
     **args: Any,
 ) -> Score:
     """Score one explanation and return one of the scorer's metrics, by default its first.
 
-    ``donors`` are explanations of other latents; ``args`` go to the scorer. A rule explanation is judged by its own
-    program when no language model is given. Raises InputError when the scorer needs something that is not there, or has
-    no such metric.
+    ``donors`` are explanations of other latents, ``near`` those of the nearest latents, nearest first; ``subject`` and
+    ``coder`` are for scorers that run them; ``reader`` gives log probabilities, by name or made (by default ``llm``
+    where it gives them, else the subject); ``args`` go to the scorer. A rule explanation is judged by its own program
+    when no language model is given. Raises InputError when the scorer needs something that is not there, or has no such
+    metric.
     """
     made = scorers.make(scorer, args)
+    made.check()
     with _viewed(what, llm) as view:
+        beside: dict[str, Any] = {"subject": subject or view.subject, "coder": coder or view.coder}
         if donors:
-            ranked = tuple(Donor(explanation=e, rank=i) for i, e in enumerate(donors))
-            view = dataclasses.replace(view, donors=ranked)
-        if "logprobs" in made.needs:
+            beside["donors"] = tuple(Donor(explanation=e, rank=i) for i, e in enumerate(donors))
+        if near:
+            beside["near"] = tuple(Near(explanation=e, similarity=1.0 / (i + 1)) for i, e in enumerate(near))
+        if "reader" in made.needs:
+            beside["reader"] = _reader(reader, view, beside["subject"])
+        view = dataclasses.replace(view, **beside)
+        if made.needs & {"logprobs", "prompt_logprobs"}:
             check_llm(view.llm, {f"scorer {scorer!r}": made.needs})
-        scores = [s for scoring in made.score([(explanation, view)]) for s in scoring.scores if s.control == "none"]
+        found = list(made.score([(explanation, view)]))
+        checked = [flagged(scoring, "plumbing") if made.plumbing(view) else scoring for scoring in found]
+        scores = [s for scoring in checked for s in scoring.scores if s.control == "none"]
     if not scores:
         raise InputError(f"scorer {scorer!r} has nothing to say of this explanation (status {explanation.status!r})")
-    found = {s.metric: s for s in scores}
+    named = {s.metric: s for s in scores}
     if metric is None:
         return scores[0]
-    if metric not in found:
-        raise unknown(f"metric of {scorer}", metric, found)
-    return found[metric]
+    if metric not in named:
+        raise unknown(f"metric of {scorer}", metric, named)
+    return named[metric]
 
 
 async def score_async(explanation: Explanation, what: LatentView | ExampleSet, **options: Any) -> Score:
     """Do what ``score`` does without blocking the event loop."""
     return await asyncio.to_thread(score, explanation, what, **options)
+
+
+def _reader(reader: str | Reader | None, view: LatentView, subject: Subject | None) -> Reader:
+    from exegete.llm.reading import reader_from_spec
+
+    if reader is None and view.reader is not None:
+        return view.reader
+    if reader is not None and not isinstance(reader, str):
+        return reader
+    return reader_from_spec(
+        reader or "auto", LLMConfig(), subject=None if subject is None else lambda: subject, llm=view.llm
+    )
 
 
 @contextlib.contextmanager

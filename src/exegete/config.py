@@ -208,8 +208,6 @@ class ScoreConfig:
             )
         if self.stop_when is not None and not 0 < self.stop_when < 0.5:
             raise ConfigError(f"setting 'scoring.stop_when' lies between 0 and 0.5, got {self.stop_when}")
-        if self.certify is not None and self.stop_when is not None:
-            raise ConfigError("settings 'scoring.certify' and 'scoring.stop_when' end asking differently; give one")
 
 
 @final

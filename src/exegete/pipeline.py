@@ -327,12 +327,13 @@ def check_llm(llm: LLMClient | None, users: Mapping[str, frozenset[Need]] = Mapp
     async def ask() -> None:
         try:
             await llm.check()
-            asking = next((who for who, needs in users.items() if "logprobs" in needs), None)
-            if asking is not None and not (await llm.capabilities()).logprobs:
-                raise InputError(
-                    f"{asking} needs the log probabilities of tokens, and {llm.name} gives none; take another language "
-                    "model, or leave out what asks for them"
-                )
+            for need, what in (("logprobs", "tokens"), ("prompt_logprobs", "a prompt's tokens")):
+                asking = next((who for who, needs in users.items() if need in needs), None)
+                if asking is not None and not getattr(await llm.capabilities(), need):
+                    raise InputError(
+                        f"{asking} needs the log probabilities of {what}, and {llm.name} gives none; take another "
+                        "language model, or leave out what asks for them"
+                    )
         finally:
             await llm.close()
 

@@ -13,6 +13,7 @@ from exegete.donors import choose_donors
 from exegete.explainers.explainer import Explainer, explainers
 from exegete.files import hash_json
 from exegete.keys import Keys
+from exegete.llm.reading_server import ServerReader
 from exegete.planning import (
     BYTES_PER_TOKEN,
     EXPLANATION_TOKENS,
@@ -30,7 +31,7 @@ from exegete.runs import Run, drawn
 from exegete.scorers.scorer import Scorer, make_scorer
 from exegete.tokens import TokenTable
 from exegete.types import Example, ExampleSet, Explanation, LatentId, LLMRequest, Split
-from exegete.views import Donor, LatentView
+from exegete.views import Donor, LatentView, Near
 
 if TYPE_CHECKING:
     from exegete.results import Results
@@ -152,7 +153,7 @@ def _of_coder(
         done = _done(results, coder, hash_json(keys.score(name, client, key)))
         left = [i for i in judged if i not in done]
         some, sampled = views(left)
-        items = [(e, _with_donors(v, donors[v.latent.index], e)) for e, v in _explained(some, usable, client)]
+        items = [(e, _beside(v, donors[v.latent.index], e, config)) for e, v in _explained(some, usable, client)]
         yield _scoring(coder, name, make_scorer(name, config), items, sampled, len(chosen), len(left), client)
 
 
@@ -213,9 +214,14 @@ def _scoring(
     client: CountingClient,
 ) -> StagePlan:
     client.begin()
-    if items and scorer.asks(items[0][1]):
-        for _ in scorer.score(items, concurrency=1):
+    reads = "reader" in scorer.needs
+    asked = [(e, v) for e, v in items if (v.reader is not None if reads else scorer.asks(v))]
+    planned = {view.latent: scorer.planned(explanation, view) for explanation, view in asked}
+    counted = [item for item in asked if planned[item[1].latent] is None]
+    if counted and not scorer.needs & {"subject", "coder"}:
+        for _ in scorer.score(counted, concurrency=1):
             pass
+    client.count_all([request for requests in planned.values() for request in requests or ()])
     return StagePlan(coder=coder, stage=name, latents=latents, left=left, asked=_scaled(client, left, sampled))
 
 
@@ -230,9 +236,13 @@ def _placeholder(view: LatentView, client: CountingClient) -> Explanation:
     return Explanation(latent=view.latent, text=client.explanation, status="ok", explainer={"name": "planned"})
 
 
-def _with_donors(view: LatentView, n: int, explanation: Explanation) -> LatentView:
+def _beside(view: LatentView, n: int, explanation: Explanation, config: RunConfig) -> LatentView:
+    """Return a view with as many donors and near latents as there will be, and the reader where it is a server."""
     donors = tuple(Donor(explanation=explanation, rank=rank) for rank in range(n))
-    return dataclasses.replace(view, donors=donors)
+    near = tuple(Near(explanation=explanation, similarity=0.5) for _ in range(config.scoring.near))
+    served = config.scoring.reader.partition("/")[0] not in ("auto", "subject", "hf")
+    reader = ServerReader(view.require_llm()) if served else None
+    return dataclasses.replace(view, donors=donors, near=near, reader=reader)
 
 
 def _of_config(config: RunConfig, client: CountingClient) -> list[StagePlan]:
@@ -243,7 +253,7 @@ def _of_config(config: RunConfig, client: CountingClient) -> list[StagePlan]:
     explainer = explainers.from_text(config.explainer)
     for coder, wanted in coders.items():
         donors = min(config.donors, max(0, wanted - 1))
-        items = [(e, _with_donors(v, donors, e)) for e, v in _explained(views, {}, client)]
+        items = [(e, _beside(v, donors, e, config)) for e, v in _explained(views, {}, client)]
         stages.append(_explaining(coder, explainer, views, _MADE_UP, wanted, wanted, client))
         for name in config.scorers:
             stages.append(_scoring(coder, name, make_scorer(name, config), items, _MADE_UP, wanted, wanted, client))

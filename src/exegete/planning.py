@@ -7,12 +7,14 @@ be) is assumed, and the plan says so.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
 from exegete.llm.client import LLMClient
 from exegete.llm.protocol import read_question
+from exegete.llm.reading_server import STAGE as READING
 from exegete.types import LLMReply, LLMRequest
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ BYTES_PER_TOKEN = 3.6
 """Bytes of a prompt that are assumed to make a token, where the tokenizer is not at hand."""
 MESSAGE_TOKENS = 4
 """Tokens that a chat template is assumed to add to a message."""
+_TEXT = "A sentence or two as a language model would write them, which fit what is asked of them or do not."
 _FILLER = "occurrences of some word in a certain context, mostly at the beginning of a clause, and "
 
 CountTokens = Callable[[str], int]
@@ -127,6 +130,11 @@ class CountingClient(LLMClient):
         self.asked.clear()
         self._before.clear()
 
+    def count_all(self, requests: Sequence[LLMRequest]) -> None:
+        """Count requests that would be sent."""
+        for request in requests:
+            self._count_one(request)
+
     @property
     def name(self) -> str:
         """The model that is planned for."""
@@ -144,12 +152,16 @@ class CountingClient(LLMClient):
 
     async def reply(self, request: LLMRequest) -> LLMReply:
         """Count a request."""
+        return LLMReply(text=self._count_one(request), finish="stop")
+
+    def _count_one(self, request: LLMRequest) -> str:
+        """Count a request and return how it would be answered; nothing is said where a prompt is only read."""
         prompt = "\n".join(message["content"] for message in request.messages) or request.prompt or ""
         tokens = self._count_prompt(request)
         before = self._before.get(request.stage, "")
         shared = _beginning(before, prompt) / max(len(prompt), 1)
         self._before[request.stage] = prompt
-        answer = self._answer(request)
+        answer = "" if request.stage == READING else self._answer(request)
         asked = Asked(
             requests=1,
             prompt_tokens=tokens,
@@ -157,7 +169,7 @@ class CountingClient(LLMClient):
             completion_tokens=min(self._count(answer), request.max_tokens),
         )
         self.asked[request.stage] = self.asked.get(request.stage, Asked()).plus(asked)
-        return LLMReply(text=answer, finish="stop")
+        return answer
 
     async def check(self) -> None:
         """There is no server to ask."""
@@ -166,10 +178,23 @@ class CountingClient(LLMClient):
         """There is no connection to give back."""
 
     def _answer(self, request: LLMRequest) -> str:
-        question = read_question(request.messages)
-        if question.kind == "explain":
-            return f"[EXPLANATION]: {self._explanation}"
-        return str([0] * len(question.excerpts))
+        question = read_question(request.messages if request.prompt is None else request.prompt)
+        match question.kind:
+            case "explain" | "effect":
+                return f"[EXPLANATION]: {self._explanation}"
+            case "simulate":
+                return '{"active": [{"token": 1, "level": 9}]}'
+            case "simulate_token":
+                return "0"
+            case "simulate_all":
+                return ""
+            case "intruder":
+                return '{"intruder": 1}'
+            case "generate":
+                fitting, other = ([_TEXT] * n for n in question.wanted)
+                return json.dumps({"fitting": fitting, "other": other})
+            case "detection" | "fuzzing":
+                return str([0] * len(question.excerpts))
 
 
 def count_parts(request: LLMRequest, count: CountTokens) -> int:

@@ -13,15 +13,18 @@ from exegete.errors import InputError, NotFoundError, unknown
 from exegete.files import hash_json, read_json
 from exegete.streams import stream
 from exegete.types import Array, ExampleSet, LatentId, Skipped
-from exegete.views import Donor, LatentView
+from exegete.views import Donor, LatentView, Near
 
 if TYPE_CHECKING:
+    from exegete.coders.coder import SparseCoder
     from exegete.examples import StoreData
     from exegete.examples.proxy import Proxy
     from exegete.llm.client import LLMClient
+    from exegete.llm.reader import Reader
     from exegete.results import Results
     from exegete.store.corpus import Corpus
     from exegete.store.store import Store
+    from exegete.subjects import Subject
 
 FORMAT = 1
 
@@ -159,9 +162,21 @@ class Run:
         return self._proxies[key]
 
     def latent(
-        self, coder: str, index: int, *, llm: LLMClient | None = None, donors: tuple[Donor, ...] = ()
+        self,
+        coder: str,
+        index: int,
+        *,
+        llm: LLMClient | None = None,
+        donors: tuple[Donor, ...] = (),
+        near: tuple[Near, ...] = (),
+        reader: Reader | None = None,
+        subject: Subject | None = None,
+        weights: SparseCoder | None = None,
     ) -> LatentView:
-        """Return one latent as explainers and scorers see it. Raises InputError when it has too few examples."""
+        """Return one latent as explainers and scorers see it. Raises InputError when it has too few examples.
+
+        What is given beside stands in the view as it is; ``weights`` is the coder itself, loaded.
+        """
         data = self.data(coder)
         chosen = self.select(coder, [index])[0]
         if isinstance(chosen, Skipped):
@@ -175,7 +190,11 @@ class Run:
             examples=chosen,
             data=data,
             donors=donors,
+            near=near,
             llm=llm,
+            reader=reader,
+            subject=subject,
+            coder=weights,
         )
 
     def examples_of(self, config: RunConfig | None = None) -> Callable[[LatentId], ExampleSet | None]:

@@ -211,6 +211,24 @@ class OutputLatent:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Certified:
+    """The latents among ``n`` whose balanced accuracy is certified to be above ``level`` at false-discovery ``rate``.
+
+    ``latents`` are (index, score, evidence), strongest first; the evidence is an e-value, or a p-value where the
+    ``correction`` is ``by`` or ``bh``.
+    """
+
+    coder: str
+    scorer: str
+    level: float
+    rate: float
+    correction: str
+    n: int
+    latents: tuple[tuple[int, float, float], ...]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
     """Everything the report and the terminal table print."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from exegete.analysis.shapes import BASELINES, ROLE_TEXT, CoderSummary, Contrast, RunSummary
+from exegete.analysis.shapes import BASELINES, ROLE_TEXT, Certified, CoderSummary, Contrast, RunSummary
 from exegete.analysis.visible import visible_line
 from exegete.metrics import Interval
 
@@ -114,6 +114,19 @@ def _latents(coders: Sequence[CoderSummary]) -> list[str]:
         for stage, reason, n in coder.skipped:
             lines.insert(-1, f"  {_short(coder.name)}: {n:,} skipped at {stage}: {visible_line(reason)}"[:WIDTH])
     return lines
+
+
+def certified_text(found: Sequence[Certified]) -> str:
+    """Return certified lists: how many latents of each coder, and which."""
+    lines = []
+    for one in found:
+        lines.append(
+            f"{_short(one.coder)}: {len(one.latents):,} of {one.n:,} latents have a balanced accuracy above "
+            f"{one.level:g} by {one.scorer} (false-discovery rate {one.rate:g}, {one.correction})"
+        )
+        kind = "e-value" if one.correction == "e-bh" else "p-value"
+        lines += [f"  {index:>8}  {number(score)}  {kind} {value:.3g}" for index, score, value in one.latents]
+    return "\n".join(lines)
 
 
 def _scores(coders: Sequence[CoderSummary], *, plumbing: bool) -> list[str]:

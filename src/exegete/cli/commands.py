@@ -27,6 +27,7 @@ def run(options: argparse.Namespace) -> int:
         "explain": _explain,
         "score": _score,
         "report": _report,
+        "certify": _certify,
         "inspect": _inspect,
         "store": _compact,
         "plan": _plan,
@@ -109,6 +110,36 @@ def _report(options: argparse.Namespace) -> int:
     with RunLock(made.folder):
         report(made, progress=progress_for(options.quiet))
     _print_report(made)
+    return 0
+
+
+def _certify(options: argparse.Namespace) -> int:
+    from exegete.analysis.certify import certify
+    from exegete.analysis.text import certified_text
+    from exegete.errors import unknown
+    from exegete.runs import open_run
+
+    made = open_run(options.run)
+    for name in options.coders:
+        if name not in made.coders():
+            raise unknown("coder", name, made.coders())
+    results = made.results()
+    try:
+        found = [
+            certify(
+                results,
+                name,
+                scorer=options.scorer,
+                level=options.level,
+                rate=options.rate,
+                correction=options.correction,
+                worst=options.worst,
+            )
+            for name in options.coders or [name for name in made.coders() if "@" not in name]
+        ]
+    finally:
+        results.close()
+    _say(json.dumps([dataclasses.asdict(one) for one in found], indent=2) if options.json else certified_text(found))
     return 0
 
 

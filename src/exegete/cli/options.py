@@ -102,8 +102,10 @@ def build_parser() -> Parser:
             "seed",
             "llm.llm",
             "explainer",
+            "scorers",
             "collect.threads",
         },
+        groups=("scoring.",),
     )
 
     run = command("run", "Collect, select, explain, score and report; continues what was begun.")
@@ -129,10 +131,25 @@ def build_parser() -> Parser:
 
     score = command("score", "Score the explanations of a run.")
     score.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    _add_settings(score, groups=("llm.",), only={"scorers", "donors", "explainer"})
+    _add_settings(score, groups=("scoring.", "llm."), only={"scorers", "donors", "explainer"})
 
     report = command("report", "Write a run's report and print its table.")
     report.add_argument("run", type=Path, metavar="RUN", help="run folder")
+
+    certify = command("certify", "List the latents whose score is certified, at a false-discovery rate.")
+    certify.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    certify.add_argument("coders", nargs="*", metavar="CODER", help="only these coders")
+    certify.add_argument("--scorer", default="detection", help="whose balanced accuracy (default: detection)")
+    certify.add_argument("--level", type=float, metavar="X", help="certified to be above this (default: 0.7)")
+    certify.add_argument("--rate", type=float, default=0.05, metavar="X", help="false-discovery rate (default: 0.05)")
+    certify.add_argument(
+        "--correction",
+        choices=("e-bh", "by", "bh"),
+        default="e-bh",
+        help="e-bh and by hold whatever latents share, bh where they share nothing (default: e-bh)",
+    )
+    certify.add_argument("--worst", action="store_true", help="count what failed as wrong")
+    certify.add_argument("--json", action="store_true", help="print JSON")
 
     inspect = command("inspect", "Say what a coder is, or the coders of a repository, without loading weights.")
     inspect.add_argument("coder", metavar="CODER", help="PATH[:SUB], a hub id ORG/NAME[:SUB], or saelens:RELEASE:ID")

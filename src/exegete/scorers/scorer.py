@@ -9,7 +9,7 @@ from typing import Any, final
 
 from exegete.config import RunConfig
 from exegete.registry import Registry
-from exegete.types import Explanation, Judgement, Score
+from exegete.types import Explanation, Judgement, LLMRequest, Score
 from exegete.views import LatentView, Need
 
 
@@ -56,6 +56,13 @@ class Scorer(ABC):
     def asks(self, view: LatentView) -> bool:
         """Whether scoring an explanation of this view would send requests to its language model."""
         return view.llm is not None and "llm" in self.needs
+
+    def planned(self, explanation: Explanation, view: LatentView) -> Sequence[LLMRequest] | None:
+        """Return the requests that scoring would send; None where they are counted by scoring with a client that counts.
+
+        For scorers that run a subject, which no plan loads.
+        """
+        return None
 
     def plumbing(self, view: LatentView) -> bool:
         """Whether what it finds only checks that the pipeline works: a simulated judge, or a reader of no language."""

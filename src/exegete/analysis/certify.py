@@ -1,0 +1,121 @@
+"""Which latents are certified: a list in which at most a stated share is wrong, whatever their judgements share."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+
+from exegete.analysis.shapes import HEADLINE, Certified
+from exegete.errors import InputError, NotFoundError
+from exegete.metrics import Observed
+from exegete.metrics.certified import certified, e_value, p_value
+from exegete.results import Results
+from exegete.results_packing import JudgementColumns
+from exegete.types import STRATA, LatentId
+
+LEVEL, RATE = 0.7, 0.05
+Correction = Literal["e-bh", "by", "bh"]
+_EVIDENCE = "certify_e"
+
+
+def certify(
+    results: Results,
+    coder: str,
+    *,
+    scorer: str = "detection",
+    explainer: str | None = None,
+    level: float | None = None,
+    rate: float = RATE,
+    correction: Correction = "e-bh",
+    worst: bool = False,
+) -> Certified:
+    """Return the latents of a coder whose balanced accuracy is certified to be above ``level``, strongest first.
+
+    The level is 0.7 by default; of latents that were judged in rounds it is what they were held against, the level
+    asked for less the margin. At most a share ``rate`` of the list is expected to be wrong: by e-BH whatever the
+    latents share (they share documents), as by Benjamini and Yekutieli's ``by``; ``bh`` asks for independence.
+    ``explainer`` is the key of an explaining stage, by default the newest with measured judgements. What failed is left
+    out, or counted as wrong with ``worst``. Plumbing checks certify nothing.
+
+    Raises NotFoundError when a scorer has no judgements of the coder, InputError for a level, rate or correction that
+    is none, and for p-values of latents that were judged in rounds.
+    """
+    if correction not in ("e-bh", "by", "bh"):
+        raise InputError(f"the correction is e-bh, by or bh, got {correction!r}")
+    key = explainer or _newest(results, coder, scorer)
+    observed = {
+        latent: _observed(columns)
+        for latent, columns in results.judgement_columns(coder, scorer, explainer=key, plumbing=False)
+    }
+    if key is None or not observed:
+        raise NotFoundError(f"{scorer} has measured nothing of {coder}; measure it with exegete score")
+    rounds = results.score_column(coder, scorer, _EVIDENCE, explainer=key, plumbing=False)
+    found = dict(zip(rounds.index.tolist(), rounds.value.tolist(), strict=True))
+    if correction != "e-bh" and found:
+        raise InputError("latents that were judged in rounds have e-values and no p-values; use e-bh")
+    tested = _tested(results, scorer, key) if found else None
+    if tested is not None and level is not None and abs(level - tested) > 1e-9:
+        raise InputError(
+            f"these latents were judged in rounds against the level {tested:g}; certify that, not {level:g}"
+        )
+    level = tested if tested is not None else LEVEL if level is None else level
+    latents = list(observed)
+    if correction == "e-bh":
+        evidence = [
+            found[latent.index] if latent.index in found else e_value(observed[latent], level, worst=worst)
+            for latent in latents
+        ]
+        listed = certified(latents, q=rate, e_values=evidence)
+    else:
+        evidence = [p_value(observed[latent], level, worst=worst) for latent in latents]
+        listed = certified(latents, q=rate, p_values=evidence, correction=correction)
+    values = dict(zip(latents, evidence, strict=True))
+    column = results.score_column(coder, scorer, HEADLINE, explainer=key, plumbing=False)
+    scores = dict(zip(column.index.tolist(), column.value.tolist(), strict=True))
+    return Certified(
+        coder=coder,
+        scorer=scorer,
+        level=level,
+        rate=rate,
+        correction=correction,
+        n=len(latents),
+        latents=tuple((latent.index, scores.get(latent.index, math.nan), values[latent]) for latent in listed),
+    )
+
+
+def _newest(results: Results, coder: str, scorer: str) -> str | None:
+    """Return the newest explaining stage that a scorer has measured judgements of."""
+    for key, _ in reversed(results.explainers(coder)):
+        if next(results.judgement_columns(coder, scorer, explainer=key, plumbing=False), None) is not None:
+            return key
+    return None
+
+
+def _tested(results: Results, scorer: str, explainer: str) -> float | None:
+    """Return the level that latents judged in rounds were held against: what was to be certified less the margin."""
+    for stage, spec in results.stages().values():
+        args = (spec.get("scorer") or {}).get("args") or {}
+        if stage == scorer and spec.get("explain") == explainer and args.get("certify") is not None:
+            return float(args["certify"]) - float(args["margin"])
+    return None
+
+
+def _observed(columns: JudgementColumns) -> Observed:
+    places = np.array([STRATA.index(name) for name in columns.strata] or [0], np.int8)
+    return Observed(
+        truth=columns.truth,
+        prediction=columns.prediction,
+        score=columns.probability,
+        stratum=places[columns.stratum],
+        document=columns.document.astype(np.int64),
+        probability=columns.inclusion,
+        multiplicity=columns.multiplicity,
+        activation=columns.activation.astype(np.float64),
+    )
+
+
+def certified_ids(found: Certified) -> list[LatentId]:
+    """Return the latents of a certified list, strongest evidence first."""
+    return [LatentId(coder=found.coder, index=index) for index, _, _ in found.latents]
