@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from exegete.analysis.shapes import HEADLINE, Agreement, CoderSummary, ExplainerSummary, LLMLift, OutputLatent
+from exegete.analysis.shapes import HEADLINE, Agreement, CoderSummary, ExplainerSummary, LLMLift, OutputLatent, Retest
 from exegete.metrics import Interval, paired_lift
 from exegete.results import Results
 from exegete.results_columns import ScoreColumn
+from exegete.scorers.intervention_retest import reliability
 from exegete.types import Array
 
 LEAST = 8
 """Latents below which no correlation is told."""
-CAUSAL, JUDGED = "intervention", ("detection", "fuzzing")
+CAUSAL, RANDOM, JUDGED = "intervention", "random_direction", ("detection", "fuzzing")
 N_OUTPUT = 20
 
 
@@ -95,15 +96,19 @@ def llm_lifts(results: Results, coder: CoderSummary) -> tuple[LLMLift, ...]:
 def output_latents(results: Results, coder: CoderSummary, explainer: ExplainerSummary) -> tuple[OutputLatent, ...]:
     """Return the latents whose causal score lies in the best third and whose detection lies in the worst, best first.
 
-    Only latents whose causal score is above 0 with its whole interval count: the paper's "reputation" latent, detection
-    0.6 with a clear effect, is of this kind (arXiv 2410.13928, section 3.2.1).
+    The causal score is its lift over a random direction at equal KL. Only latents count whose whole interval of it is
+    above 0: the paper's "reputation" latent, detection 0.6 with a clear effect, is of this kind (arXiv 2410.13928,
+    section 3.2.1).
     """
     by = {s.scorer: s for s in explainer.measured}
-    causal = by.get(CAUSAL)
+    causal = next((s for name, s in by.items() if name.startswith(CAUSAL)), None)
     judged = next((by[name] for name in JUDGED if name in by), None)
     if causal is None or judged is None:
         return ()
-    effect = results.score_column(coder.name, CAUSAL, causal.metric, explainer=explainer.key, plumbing=False)
+    lift = f"{causal.metric}_lift"
+    effect = results.score_column(
+        coder.name, causal.scorer, lift, control=RANDOM, explainer=explainer.key, plumbing=False
+    )
     seen = results.score_column(coder.name, judged.scorer, judged.metric, explainer=explainer.key, plumbing=False)
     both, here, there = np.intersect1d(effect.index, seen.index, assume_unique=True, return_indices=True)
     value, low, detected = effect.value[here], effect.low[here], seen.value[there]
@@ -116,6 +121,18 @@ def output_latents(results: Results, coder: CoderSummary, explainer: ExplainerSu
     return tuple(
         OutputLatent(coder=coder.name, index=int(both[i]), intervention=float(value[i]), detection=float(detected[i]))
         for i in order
+    )
+
+
+def retests(results: Results, coder: CoderSummary, explainer: ExplainerSummary) -> tuple[Retest, ...]:
+    """Return the test–retest reliability of every intervention scorer; measurements only."""
+    return tuple(
+        Retest(coder=coder.name, explainer=explainer.name, scorer=s.scorer, condition=condition, icc=found)
+        for s in explainer.measured
+        if s.scorer.startswith(CAUSAL)
+        for condition, found in reliability(
+            results.details(coder.name, s.scorer, explainer=explainer.key).values()
+        ).items()
     )
 
 

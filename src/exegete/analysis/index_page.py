@@ -64,6 +64,7 @@ def index_context(
         "plumbing_figures": [g for g in (histograms(results, c, e, plumbing=True) for c, e in own) if g.figures],
         "agreements": [(*group, *matrix(found)) for group, found in _grouped(summary.agreements).items()],
         "llm_lifts": summary.llm_lifts,
+        "retests": summary.retests,
         "output_latents": [(o, pages.get(LatentId(coder=o.coder, index=o.index))) for o in summary.output_latents],
         "histograms": [g for g in (histograms(results, c, e) for c, e in own) if g.figures],
         "curve_groups": [g for g in (sensitivities(c, e) for c, e in own) if g.figures],

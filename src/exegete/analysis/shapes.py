@@ -211,6 +211,18 @@ class OutputLatent:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Retest:
+    """How far intervention scores come again with other samples: the ICC over latents, in one condition (``kl_1``)."""
+
+    coder: str
+    explainer: str
+    scorer: str
+    condition: str
+    icc: Interval
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Certified:
     """The latents among ``n`` whose balanced accuracy is certified to be above ``level`` at false-discovery ``rate``.
 
@@ -237,6 +249,7 @@ class RunSummary:
     agreements: tuple[Agreement, ...] = ()
     llm_lifts: tuple[LLMLift, ...] = ()
     output_latents: tuple[OutputLatent, ...] = ()
+    retests: tuple[Retest, ...] = ()
 
     def trained(self) -> tuple[CoderSummary, ...]:
         """Return the coders that are no nulls."""

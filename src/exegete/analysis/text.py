@@ -13,7 +13,7 @@ WIDTH = 120
 _NAME = 30  # columns for the name of a coder
 NONE = "–"
 PLUMBING = "plumbing check, not a measurement"
-NULL_TEXT = {"other_latent": "other latents"}
+NULL_TEXT = {"other_latent": "other latents", "random_direction": "random direction"}
 _METRICS = {"auroc": "AUROC", "auprc": "AUPRC", "f1": "F1", "pearson": "Pearson", "icc": "ICC", "ece": "ECE"}
 
 
