@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from exegete.runs import Run as Run
     from exegete.runs import open_run as open_run
     from exegete.subjects import load_subject as load_subject
+    from exegete.testing import validate as validate
     from exegete.types import Example as Example
     from exegete.types import ExampleSet as ExampleSet
     from exegete.types import Explanation as Explanation
@@ -77,6 +78,7 @@ _HOMES = {
     "score_async": "exegete.api",
     "select": "exegete.api",
     "to_json": "exegete.codec",
+    "validate": "exegete.testing",
 }
 
 __all__ = [
@@ -88,6 +90,7 @@ __all__ = [
     "RunConfig",
     "Score",
     "Skipped",
+    "certify",
     "collect",
     "direction_coder",
     "explain",
@@ -111,6 +114,7 @@ __all__ = [
     "score_async",
     "select",
     "to_json",
+    "validate",
 ]
 __version__ = version("exegete")
 

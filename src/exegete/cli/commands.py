@@ -28,6 +28,7 @@ def run(options: argparse.Namespace) -> int:
         "score": _score,
         "report": _report,
         "certify": _certify,
+        "validate": _validate,
         "inspect": _inspect,
         "store": _compact,
         "plan": _plan,
@@ -140,6 +141,25 @@ def _certify(options: argparse.Namespace) -> int:
     finally:
         results.close()
     _say(json.dumps([dataclasses.asdict(one) for one in found], indent=2) if options.json else certified_text(found))
+    return 0
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from exegete.files import write_text
+    from exegete.testing import validate, validation_lines, validation_page
+
+    found = validate(
+        options.scorers,
+        latents=options.latents,
+        n=options.n,
+        rounds=options.rounds,
+        seed=options.seed,
+        progress=progress_for(options.quiet),
+    )
+    _say("\n".join(validation_lines(found)))
+    if options.page is not None:
+        write_text(options.page, validation_page(found))
+        _say(f"page: {options.page}")
     return 0
 
 

@@ -151,6 +151,14 @@ def build_parser() -> Parser:
     certify.add_argument("--worst", action="store_true", help="count what failed as wrong")
     certify.add_argument("--json", action="store_true", help="print JSON")
 
+    validate = command("validate", "Run scorers over latents of known truth: bias, coverage, order, power, sanity.")
+    validate.add_argument("--scorers", nargs="+", default=["all"], metavar="TEXT", help="which (default: all)")
+    validate.add_argument("--latents", type=int, default=32, metavar="N", help="latents planted (default: 32)")
+    validate.add_argument("--n", type=int, default=100, metavar="N", help="windows judged of each class (default: 100)")
+    validate.add_argument("--rounds", type=int, default=2, metavar="N", help="draws of windows (default: 2)")
+    validate.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default: 0)")
+    validate.add_argument("--page", type=Path, metavar="FILE", help="write the page of the documentation here, too")
+
     inspect = command("inspect", "Say what a coder is, or the coders of a repository, without loading weights.")
     inspect.add_argument("coder", metavar="CODER", help="PATH[:SUB], a hub id ORG/NAME[:SUB], or saelens:RELEASE:ID")
     _add_settings(inspect, only={"hookpoints"})
