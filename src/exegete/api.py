@@ -166,16 +166,15 @@ def certify(
     coder: str,
     *,
     scorer: str = "detection",
-    level: float | None = None,
+    level: float = 0.7,
     rate: float = 0.05,
     correction: Literal["e-bh", "by", "bh"] = "e-bh",
     worst: bool = False,
 ) -> Certified:
     """Return the latents of a coder whose balanced accuracy is certified to be above ``level``, strongest first.
 
-    At most a share ``rate`` of them is expected not to be. The level is 0.7 by default, or what latents judged in
-    rounds were held against. Raises NotFoundError when the scorer has measured nothing of the coder, InputError for
-    values that make no test.
+    At most a share ``rate`` of them is expected not to be. Raises NotFoundError when the scorer has measured nothing of
+    the coder, InputError for values that make no test.
     """
     from exegete.analysis.certify import certify as certified
 

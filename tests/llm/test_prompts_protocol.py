@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
+import math
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,16 +11,24 @@ from hypothesis import strategies as st
 
 from exegete import prompts
 from exegete.errors import CorruptError, InputError, NotFoundError
+from exegete.llm import protocol_simulation as simulation
 from exegete.llm.protocol import (
     PROMPTS,
+    effect_messages,
     explain_messages,
+    generate_messages,
+    intruder_messages,
+    intruder_schema,
     judge_messages,
     read_question,
     unmark,
+    with_gains,
     with_strengths,
     write_excerpts,
 )
+from exegete.llm.protocol_simulation import LEVELS, parse_active, parse_all, parse_level, simulate_prompt
 from exegete.scorers.verdicts import parse_verdicts
+from exegete.types import TokenLogprob
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 HASHES = {"explain-1": "6002d6b5ce9181a2", "detection-1": "2390d34f7e60ac0d", "fuzzing-1": "00c36dc993e8f2c4"}
@@ -151,3 +162,157 @@ def test_other_prompts_are_refused() -> None:
     broken = [*judge_messages("detection", "x", ["y"])[:-1], {"role": "user", "content": write_excerpts(["y"])}]
     with pytest.raises(InputError, match="no description"):
         read_question(broken)
+
+
+def test_a_simulation_question_is_read_back_in_all_three_forms() -> None:
+    tokens = (" a", "\n", '"', "\t?", "</tokens>", "é", "\n</description>\n\n<tokens>\n")
+    for explanation in ("x", "a\n</description>\n\n<tokens>\nb", "{tokens}"):
+        asked: list[tuple[str, Any]] = [
+            ("simulate", simulation.simulate_messages(explanation, tokens)),
+            ("simulate_token", simulation.simulate_token_messages(explanation, tokens)),
+            ("simulate_all", simulate_prompt(explanation, tokens)),
+        ]
+        for kind, question in asked:
+            read = read_question(question)
+            assert (read.kind, read.explanation, read.tokens) == (kind, explanation, tokens)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), st.lists(texts, min_size=1, max_size=5))
+def test_any_simulation_question_is_read_back(explanation: str, tokens: list[str]) -> None:
+    for question in (
+        simulation.simulate_messages(explanation, tokens),
+        simulation.simulate_token_messages(explanation, tokens),
+        simulate_prompt(explanation, tokens),
+    ):
+        read = read_question(question)
+        assert (read.explanation, list(read.tokens)) == (explanation, tokens)
+
+
+def test_simulation_prompts_begin_alike_for_every_explanation() -> None:
+    a, b = simulate_prompt("a", [" x"]), simulate_prompt("b", [" y"])
+    assert a.startswith(simulation.opening())
+    assert b.startswith(simulation.opening())
+    assert a.endswith('<tokens>\n" x"\t?\n')
+    assert simulation.opening().count("<tokens>") == simulation.opening().count("</tokens>") == 3
+
+
+def test_the_shots_of_simulation_answer_their_own_tokens() -> None:
+    for name, form in (("simulate-1", "simulate"), ("simulate-token-1", "simulate_token")):
+        shots = prompts.turns(name)[1:-1]
+        for (_, asked), (_, answer) in zip(shots[::2], shots[1::2], strict=True):
+            read = simulation.read_asked(form, asked)
+            assert read is not None
+            if form == "simulate":
+                assert parse_active(answer, len(read[1])) is not None
+            else:
+                level = parse_level(answer)
+                assert level is not None
+                assert level.expected in LEVELS
+
+
+def test_active_tokens_are_read_and_the_others_are_silent() -> None:
+    answer = '{"active": [{"token": 3, "level": 9}, {"token": 1, "level": 2}]}'
+    assert parse_active(answer, 4) == [2, 0, 9, 0]
+    assert parse_active('{"active": []}', 2) == [0, 0]
+    assert parse_active('I think of {"active": [] } first. ' + answer, 3) == [2, 0, 9]
+    fenced = "```json\n" + answer + "\n```"
+    assert parse_active(fenced, 3) == [2, 0, 9]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "no",
+        '{"active": 3}',
+        '{"active": [3]}',
+        '{"active": [{"token": 5, "level": 1}]}',
+        '{"active": [{"token": 0, "level": 1}]}',
+        '{"active": [{"token": 1, "level": 10}]}',
+        '{"active": [{"token": 1, "level": -1}]}',
+        '{"active": [{"token": true, "level": 1}]}',
+        '{"active": [{"token": 1, "level": 1.5}]}',
+        '{"active": [{"token": 1, "level": 1}, {"token": 1, "level": 2}]}',
+        '{"active": [{"token": 1, "level": 1}',
+        '{"active": ' + "[" * 5000,
+    ],
+)
+def test_an_answer_that_cannot_be_read_gives_no_levels(answer: str) -> None:
+    assert parse_active(answer, 4) is None
+
+
+def test_a_single_level_is_the_digit_or_the_mean_over_the_alternatives_to_it() -> None:
+    for text in ("7", " 7\n", "7.", '"7"', "Level: 7"):
+        level = parse_level(text)
+        assert level is not None
+        assert (level.expected, level.values) == (7.0, (7,))
+    for text in ("", "seven", "10", "7 or 8", "-"):
+        assert parse_level(text) is None
+    weighed = parse_level("7", [token("7", 0.5, {"7": 0.5, " 1": 0.25, "x": 0.2})])
+    assert weighed is not None
+    assert weighed.expected == pytest.approx((7 * 0.5 + 1 * 0.25) / 0.75)
+    assert weighed.outside == pytest.approx(0.25)
+    alone = parse_level("7", [TokenLogprob(token="7", logprob=-0.1)])
+    assert alone is not None
+    assert alone.expected == 7.0
+
+
+def token(text: str, p: float, alternatives: dict[str, float]) -> TokenLogprob:
+    return TokenLogprob(token=text, logprob=math.log(p), alternatives={t: math.log(q) for t, q in alternatives.items()})
+
+
+def test_levels_are_read_at_the_question_marks_of_a_prompt() -> None:
+    before = [TokenLogprob(token=t, logprob=None) for t in ("<s>", "é of another length ", "\t", "?", "\n")]
+    first = token("?", 0.2, {"?": 0.2, "0": 0.6, "9": 0.2})
+    missing = token("?\n", 0.9, {"?\n": 0.9, "\t": 0.1})
+    asked = [*before, plain_token('" a"'), plain_token("ĉ"), first, plain_token("\n"), plain_token('"b"\t'), missing]
+    levels = parse_all(asked, 2)
+    assert levels is not None
+    assert levels[0] is not None
+    assert levels[0].expected == pytest.approx(9 * 0.25)
+    assert levels[0].values == (0, 9)
+    assert levels[0].outside == pytest.approx(0.2)
+    assert levels[1] is None  # what was not said is missing, never 0
+    spelled = [plain_token("<0x09>"), first, plain_token("<0x0A>")]
+    (level,) = parse_all(spelled, 1) or [None]
+    assert level == levels[0]
+    assert parse_all(asked, 4) is None
+    assert parse_all(None, 1) is None
+
+
+def plain_token(text: str) -> TokenLogprob:
+    return TokenLogprob(token=text, logprob=-1.0, alternatives={"5": -1.0})
+
+
+def test_the_other_questions_are_read_back() -> None:
+    read = read_question(intruder_messages(["a<< b>>", "<<c>>"]))
+    assert (read.kind, [e.text for e in read.excerpts]) == ("intruder", ["a b", "c"])
+    assert read.excerpts[1].spans == ((0, 1),)
+    read = read_question(generate_messages("x\n</description>\n", 3, 4))
+    assert (read.kind, read.explanation, read.wanted) == ("generate", "x\n</description>\n", (3, 4))
+    shown = with_gains("a << b", [(' "c', 12.34), ("(\n", 1.0)])
+    read = read_question(effect_messages([shown, with_gains("y", [])]))
+    assert (read.kind, [e.text for e in read.excerpts]) == ("effect", ["a << b", "y"])
+    assert read.gains == (((' "c', 12.3), ("(\n", 1.0)), ())
+
+
+def test_the_shots_of_intruder_and_generate_are_answered_in_their_form() -> None:
+    shots = prompts.turns("intruder-1")[1:-1]
+    for (_, asked), (_, answer) in zip(shots[::2], shots[1::2], strict=True):
+        assert (
+            json.loads(answer)["intruder"]
+            in intruder_schema(asked.count("</example "))["properties"]["intruder"]["enum"]
+        )
+    shots = prompts.turns("generate-1")[1:-1]
+    for (_, asked), (_, answer) in zip(shots[::2], shots[1::2], strict=True):
+        given = json.loads(answer)
+        assert f"fitting: {len(given['fitting'])}\nother: {len(given['other'])}" in asked
+
+
+def test_questions_that_were_cut_are_refused() -> None:
+    for name, why in (("simulate-1", "tokens"), ("generate-1", "how many")):
+        system = {"role": "system", "content": prompts.turns(name)[0][1]}
+        broken = [system] * (len(prompts.turns(name)) - 1) + [{"role": "user", "content": "<description>"}]
+        with pytest.raises(InputError, match=why):
+            read_question(broken)
+    with pytest.raises(InputError, match="only the prompts"):
+        read_question("a text to complete")

@@ -10,12 +10,28 @@ import numpy as np
 import pytest
 
 from exegete.config import LLMConfig
-from exegete.errors import InputError, LLMError
+from exegete.errors import ConfigError, InputError, LLMError
 from exegete.llm.backend import Capabilities
 from exegete.llm.client import LLMClient, run_limited
 from exegete.llm.local_server import serve
 from exegete.llm.open import client_from_spec
-from exegete.llm.protocol import explain_messages, judge_messages, with_strengths
+from exegete.llm.protocol import (
+    Shown,
+    effect_messages,
+    explain_messages,
+    generate_messages,
+    intruder_messages,
+    judge_messages,
+    with_gains,
+    with_strengths,
+)
+from exegete.llm.protocol_simulation import (
+    parse_active,
+    parse_all,
+    simulate_messages,
+    simulate_prompt,
+    simulate_token_messages,
+)
 from exegete.llm.scripted import (
     ScriptedClient,
     SimulatedJudge,
@@ -23,9 +39,11 @@ from exegete.llm.scripted import (
     known_windows,
     quoted_text,
     rule_predicate,
+    simulated_from_spec,
 )
 from exegete.rules import render
 from exegete.rules.language import Clause, Rule, TokenAt
+from exegete.scorers.verdicts import parse_verdicts, read_leanings
 from exegete.tokens import TokenTable
 from exegete.types import Example, ExampleSet, LatentId, LLMReply, LLMRequest, TokenLogprob
 
@@ -180,7 +198,141 @@ def test_an_answer_depends_on_seed_explanation_and_excerpt_alone() -> None:
     assert verdicts(judge(), "detection", "y", texts) != together
 
 
+def excerpts(*texts: str) -> list[Shown]:
+    return [Shown(text=text, spans=None) for text in texts]
+
+
+def test_probabilities_follow_the_verdicts_and_are_calibrated() -> None:
+    judge = SimulatedJudge(TABLE, true_positive_rate=0.8, false_positive_rate=0.2, seed=3)
+    texts = [f"{'a' if i % 2 else 'b'}{i}" for i in range(6000)]
+    felt = judge.feels('the text "a"', excerpts(*texts))
+    yes = np.array([judge.evidence.probability(e) for e in felt])
+    assert ((yes > 0.5) == (np.array(felt) > 0)).all()
+    fits = np.array([t.startswith("a") for t in texts])
+    for low in (0.1, 0.4, 0.7):  # of what it finds so probable, so much fits
+        here = (yes >= low) & (yes < low + 0.2)
+        assert fits[here].mean() == pytest.approx(yes[here].mean(), abs=4 * 0.5 / np.sqrt(here.sum()))
+    sharper = SimulatedJudge(TABLE, true_positive_rate=0.8, false_positive_rate=0.2, seed=3, calibration=3.0)
+    over = np.array([sharper.evidence.probability(e) for e in sharper.feels('the text "a"', excerpts(*texts))])
+    assert ((over > 0.5) == (yes > 0.5)).all()
+    assert (np.abs(over - 0.5) >= np.abs(yes - 0.5) - 1e-12).all()
+
+
+def test_log_probabilities_spell_the_verdicts() -> None:
+    judge = SimulatedJudge(TABLE, seed=1)
+    request = LLMRequest(messages=judge_messages("detection", 'the text "a"', ["a1", "b1", "a2"]), logprobs=5)
+    reply = asyncio.run(judge.reply(request))
+    said = parse_verdicts(str(reply.text), 3)
+    assert said is not None
+    leanings = read_leanings(reply.logprobs, said)
+    felt = judge.feels('the text "a"', excerpts("a1", "b1", "a2"))
+    for leaning, evidence in zip(leanings, felt, strict=True):
+        assert leaning is not None
+        assert leaning.yes == pytest.approx(judge.evidence.probability(evidence))
+        assert leaning.outside == pytest.approx(0.0, abs=1e-9)
+    assert asyncio.run(judge.capabilities()).logprobs
+    assert judge.simulated
+    assert ScriptedClient([]).simulated
+
+
+def test_position_bias_raises_what_comes_first() -> None:
+    texts = [f"b{i}" for i in range(3000)]
+    judge, plain = (SimulatedJudge(TABLE, position_bias=bias, seed=2) for bias in (1.0, 0.0))
+    for place, shift in ((0, 1.0), (1, 0.0), (2, -1.0)):
+        three = [excerpts(*texts[i : i + 3]) for i in range(0, 3000, 3)]
+        moved = [judge.feels("x", shown)[place] - plain.feels("x", shown)[place] for shown in three]
+        assert moved == pytest.approx([shift] * 1000)
+    assert judge.feels("x", excerpts("b1")) == plain.feels("x", excerpts("b1"))
+
+
+def test_cross_talk_adds_the_mean_of_the_others() -> None:
+    judge, plain = (SimulatedJudge(TABLE, cross_talk=talk, seed=2) for talk in (0.5, 0.0))
+    shown = excerpts("a", "b", "ab")
+    a, b, c = plain.feels('the text "a"', shown)
+    wanted = [a + (b + c) / 4, b + (a + c) / 4, c + (a + b) / 4]
+    assert judge.feels('the text "a"', shown) == pytest.approx(wanted)
+    assert judge.feels('the text "a"', shown[:1]) == [a]
+
+
+def test_some_replies_hold_no_verdict() -> None:
+    judge = SimulatedJudge(TABLE, parse_failure_rate=0.3, seed=4)
+    replies = [ask(judge, judge_messages("detection", "x", [f"a{i}"])).text for i in range(1500)]
+    assert np.mean([parse_verdicts(str(r), 1) is None for r in replies]) == pytest.approx(0.3, abs=0.048)
+
+
+def test_levels_are_nine_times_the_probability_of_being_active() -> None:
+    judge = SimulatedJudge(TABLE, prompt_logprobs=True, seed=5)
+    tokens = ("a", "b", " ", "b", "a")
+    whole = ask(judge, simulate_messages('the text "a"', tokens))
+    levels = parse_active(str(whole.text), 5)
+    prompt = LLMRequest(prompt=simulate_prompt('the text "a"', tokens), prompt_logprobs=True, max_tokens=1)
+    expected = parse_all(asyncio.run(judge.reply(prompt)).prompt_logprobs, 5)
+    assert levels is not None
+    assert expected is not None
+    for level, found in zip(levels, expected, strict=True):
+        assert found is not None
+        assert level == round(found.expected)
+    sure = sharp(prompt_logprobs=True)
+    assert parse_active(str(ask(sure, simulate_messages('the text "a"', tokens)).text), 5) == [9, 0, 0, 0, 9]
+    assert [ask(sure, simulate_token_messages('the text "a"', tokens[:n])).text for n in (1, 2)] == ["9", "0"]
+
+
+def test_the_intruder_is_what_shares_no_mark_or_does_not_fit_the_concept() -> None:
+    marked = ["<<a>> b", "b <<a>>", "x <<b>> a", "<<a>>"]
+    assert ask(sharp(), intruder_messages(marked)).text == '{"intruder": 3}'
+    asked: list[Any] = []
+
+    def concept(text: str, spans: Any) -> bool:
+        asked.append((text, spans))
+        return text != "b a"
+
+    assert ask(sharp(concept=concept), intruder_messages(marked)).text == '{"intruder": 2}'
+    assert asked[1] == ("b a", ((2, 3),))
+
+
+def test_texts_are_taken_from_known_windows_or_from_what_an_explanation_names() -> None:
+    windows = {"ab": np.array([1, 2], np.uint32), "b": np.array([2], np.uint32)}
+    found = json.loads(str(ask(sharp(windows=windows), generate_messages('the text "a"', 3, 2)).text))
+    assert found == {"fitting": ["ab"] * 3, "other": ["b"] * 2}
+    named = json.loads(str(ask(sharp(), generate_messages("Fires on `ab`.", 1, 1)).text))
+    assert named["fitting"] == ["ab"]
+    assert json.loads(str(ask(sharp(), generate_messages('the text "ba"', 2, 0)).text))["fitting"] == ["ba"] * 2
+
+
+def test_an_effect_is_explained_by_the_token_that_gained_most() -> None:
+    texts = [with_gains("a b", [("x", 2.0), (" y", 1.9)]), with_gains("b", [(" y", 3.0)])]
+    assert ask(sharp(), effect_messages(texts)).text == '[EXPLANATION]: the text " y"'
+
+
+def test_a_judge_is_named_on_the_command_line() -> None:
+    tables: list[int] = []
+
+    def table() -> TokenTable:
+        tables.append(1)
+        return TABLE
+
+    judge = simulated_from_spec("simulated:tpr=0.75, fpr=0.25,seed=7,parse_failures=0.1,cross_talk=0.2", table)
+    assert (judge.evidence.true_positive_rate, judge.evidence.false_positive_rate) == (0.75, 0.25)
+    assert judge.name == "simulated:tpr=0.75, fpr=0.25,seed=7,parse_failures=0.1,cross_talk=0.2"
+    assert not tables
+    plain = simulated_from_spec("simulated", table)
+    rule = render(Rule((Clause((TokenAt(0, (2,)),), 0.9, 1.0),)), TABLE)
+    sure = simulated_from_spec("simulated:tpr=1,fpr=0", table)
+    assert verdicts(sure, "detection", rule, ["ab", "a b", "a"]) == [0, 1, 0]
+    assert verdicts(plain, "detection", rule, ["b"]) in ([0], [1])
+    assert len(tables) == 2
+    for wrong in ("simulated:tpr", "simulated:tpr=2", "simulated:bias=1", "simulated:tpr=x", "simulated:tpr=1,tpr=1"):
+        with pytest.raises(ConfigError):
+            simulated_from_spec(wrong, table)
+
+
 def test_rates_are_checked() -> None:
+    with pytest.raises(InputError, match="calibration"):
+        SimulatedJudge(calibration=0.0)
+    with pytest.raises(InputError, match="finite"):
+        SimulatedJudge(cross_talk=float("nan"))
+    with pytest.raises(InputError, match="rate"):
+        SimulatedJudge(parse_failure_rate=-0.1)
     with pytest.raises(InputError, match="rate"):
         SimulatedJudge(true_positive_rate=1.1)
     with pytest.raises(InputError, match="rate"):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,13 @@ from exegete.errors import ConfigError, InputError, LLMError
 from exegete.examples.render import active_tokens, marks, transplant_marks
 from exegete.llm.protocol import read_question
 from exegete.llm.scripted import ScriptedClient
+from exegete.metrics import FrameCounts, Observed
+from exegete.scorers.asked import Question
 from exegete.scorers.detection import DetectionScorer
 from exegete.scorers.fuzzing import FuzzingScorer
 from exegete.scorers.judge import RuleJudge, Verdict
-from exegete.scorers.judged import Question, control_scores, outside_score, own_scores
 from exegete.scorers.scorer import Scoring, scorers
+from exegete.scorers.window_scores import control_scores, outside_score, own_scores
 from exegete.streams import stream
 from exegete.types import SPLITS, Array, Explanation, Judgement, LatentId, LLMReply, Score, TokenLogprob
 from exegete.views import Donor, LatentView
@@ -61,6 +65,10 @@ def judgement(truth: bool, prediction: bool | None, status: str = "ok") -> Judge
 # -- scores from judgements -------------------------------------------------------------------------------------------
 
 
+def own(judged: list[Judgement], **more: Any) -> dict[str, Score]:
+    return {s.metric: s for s in own_scores("detection", LATENT, Observed.of(judged), **more)}
+
+
 def test_scores_are_those_of_the_metrics_and_failures_are_counted_not_scored() -> None:
     judged = [
         *[judgement(True, True)] * 6,
@@ -71,60 +79,116 @@ def test_scores_are_those_of_the_metrics_and_failures_are_counted_not_scored() -
         judgement(False, None, "unparsed"),
         judgement(False, None, "refused"),
     ]
-    found = {s.metric: s for s in own_scores("detection", LATENT, judged)}
-    assert set(found) == METRICS
+    judged = [dataclasses.replace(j, document=i, row=i) for i, j in enumerate(judged)]
+    found = own(judged)
+    assert [*found][:4] == ["balanced_accuracy", "sensitivity", "specificity", "f1"]
     assert found["sensitivity"].value == 6 / 8
     assert found["specificity"].value == 3 / 4
     assert found["balanced_accuracy"].value == pytest.approx((6 / 8 + 3 / 4) / 2)
     assert found["f1"].value == pytest.approx(12 / 15)
-    for score in found.values():
+    expected = metrics.judged(Observed.of(judged))
+    for metric in METRICS:
+        score, interval = found[metric], expected[metric]
         assert (score.n_total, score.n_scored, score.n_failed) == (15, 12, 3)
         assert (score.scorer, score.control, score.latent) == ("detection", "none", LATENT)
-    expected = metrics.balanced_accuracy([True] * 8 + [False] * 4, [True] * 6 + [False] * 5 + [True])
-    balanced = found["balanced_accuracy"]
-    assert (balanced.low, balanced.high, balanced.method) == (expected.low, expected.high, expected.method)
+        assert (score.low, score.high, score.method) == (interval.low, interval.high, interval.method)
+        assert (score.floor, score.ceiling) == (interval.floor, interval.ceiling)
+        assert score.floor < score.low < score.high < score.ceiling
+        assert score.flags == ("few_documents",)
+    # The failed firing window wrong, and both failed silent ones; and the reverse.
+    worst = [dataclasses.replace(j, prediction=not j.truth, status="ok") if j.prediction is None else j for j in judged]
+    assert found["balanced_accuracy"].floor == pytest.approx(own(worst)["balanced_accuracy"].low)
 
 
 def test_when_all_fails_there_is_a_count_and_no_value() -> None:
-    judged = [judgement(True, None, "failed"), judgement(False, None, "unparsed")]
-    for score in own_scores("fuzzing", LATENT, judged):
+    judged = [
+        judgement(True, None, "failed"),
+        dataclasses.replace(judgement(False, None, "unparsed"), stratum="silent"),
+    ]
+    found = own(judged, frame=FrameCounts(windows=100, firing=10, silent={"silent": 90}))
+    assert set(found) > METRICS
+    for score in found.values():
         assert math.isnan(score.value)
-        assert (score.n_total, score.n_scored, score.n_failed) == (2, 0, 2)
+        assert score.n_scored == 0
+    assert all((found[m].n_total, found[m].n_failed) == (2, 2) for m in METRICS)
 
 
-def donor(hits: int, rejected: int, failed: int = 0) -> list[Judgement]:
-    return [
+def test_curves_tell_where_a_judge_is_right_and_count_what_they_are_of() -> None:
+    def of(stratum: str, truth: bool, said: Sequence[bool | None]) -> list[Judgement]:
+        return [dataclasses.replace(judgement(truth, p, "ok" if p is not None else "failed"), stratum=stratum)
+                for p in said]  # fmt: skip
+
+    judged = [
+        *of("decile_0", True, [True] * 9 + [False]),
+        *of("decile_9", True, [True] * 4 + [False] * 4 + [None] * 2),
+        *of("same_token", False, [False] * 3 + [True] * 5),
+        *of("silent", False, [False] * 8),
+    ]
+    found = own(judged)
+    assert found["sensitivity_decile_0"].value == 0.9
+    weak = found["sensitivity_decile_9"]
+    assert (weak.value, weak.n_total, weak.n_scored, weak.n_failed) == (0.5, 10, 8, 2)
+    assert found["specificity_same_token"].value == 3 / 8
+    assert found["specificity_silent"].value == 1.0
+    assert found["specificity_silent"].n_total == 8
+
+
+def test_at_the_true_firing_rate_a_good_judge_is_mostly_wrong_when_it_says_yes() -> None:
+    judged = [
+        *[judgement(True, i < 90) for i in range(100)],
+        *[dataclasses.replace(judgement(False, i < 10), stratum="silent") for i in range(100)],
+    ]
+    judged = [dataclasses.replace(j, document=i) for i, j in enumerate(judged)]
+    found = own(judged, frame=FrameCounts(windows=100_000, firing=100, silent={"silent": 99_900}))
+    assert found["balanced_accuracy"].value == pytest.approx(0.9)
+    assert found["population_precision"].value == pytest.approx(0.9 * 100 / (0.9 * 100 + 0.1 * 99_900), rel=0.02)
+    assert found["population_recall"].value == pytest.approx(0.9)
+    assert {m for m in found if m.startswith("population_")} > {"population_f1", "population_specificity"}
+    assert not [m for m in own(judged) if m.startswith("population_")]
+
+
+def donor(hits: int, rejected: int, failed: int = 0) -> Observed:
+    judged = [
         *[judgement(True, i < hits) for i in range(10)],
         *[judgement(False, i >= rejected) for i in range(10)],
         *[judgement(True, None, "failed")] * failed,
     ]
+    return Observed.of([dataclasses.replace(j, document=i) for i, j in enumerate(judged)])
 
 
-def test_the_null_is_the_mean_over_donors_with_students_interval_over_them() -> None:
-    controls = [donor(5, 6), donor(4, 4, failed=2), donor(7, 5)]
-    found = {s.metric: s for s in control_scores("detection", LATENT, controls)}
+def null_of(controls: list[Observed], own: Observed | None = None) -> dict[str, Score]:
+    given = donor(10, 10) if own is None else own
+    return {s.metric: s for s in control_scores("detection", LATENT, "other_latent", given, controls)}
+
+
+def test_the_null_is_the_mean_over_donors_with_students_interval_over_them_and_the_lift_beside() -> None:
+    own = donor(10, 10, failed=2)
+    found = null_of([donor(5, 6, failed=2), donor(4, 4, failed=2), donor(7, 5, failed=2)], own)
     values = [0.55, 0.4, 0.6]
     score = found["balanced_accuracy"]
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
     assert score.value == pytest.approx(np.mean(values))
     assert [score.low, score.high] == pytest.approx([low, high])
     assert (score.control, score.method) == ("other_latent", "t over 3 donors")
-    assert (score.n_total, score.n_scored, score.n_failed) == (62, 60, 2)
-    assert set(found) == METRICS
+    assert (score.n_total, score.n_scored, score.n_failed) == (66, 60, 6)
+    assert set(found) == METRICS | {"balanced_accuracy_lift"}
+    lift = found["balanced_accuracy_lift"]
+    assert lift.value == pytest.approx(1.0 - np.mean(values))
+    assert (lift.n_total, lift.n_scored, lift.n_failed, lift.control) == (22, 20, 2, "other_latent")
 
 
 def test_the_null_stays_within_0_and_1() -> None:
-    found = control_scores("detection", LATENT, [donor(10, 10), donor(9, 10), donor(0, 1)])
-    assert all(0.0 <= s.low <= s.value <= s.high <= 1.0 for s in found)
+    found = null_of([donor(10, 10), donor(9, 10), donor(0, 1)])
+    assert all(0.0 <= found[m].low <= found[m].value <= found[m].high <= 1.0 for m in METRICS)
 
 
-@pytest.mark.parametrize("controls", [[], [donor(5, 5)], [donor(5, 5), [judgement(True, None, "failed")]]])
-def test_fewer_than_two_donors_make_no_null_and_say_so(controls: list[list[Judgement]]) -> None:
-    for score in control_scores("detection", LATENT, controls):
-        if score.metric == "balanced_accuracy":
-            assert math.isnan(score.value)
-            assert score.method == f"too few donors: {min(len(controls), 1)} of at least 2"
-        assert score.n_total == sum(map(len, controls))
+@pytest.mark.parametrize("donors", [0, 1])
+def test_fewer_than_two_donors_make_no_null_and_say_so(donors: int) -> None:
+    score = null_of([donor(5, 5)] * donors)["balanced_accuracy"]
+    assert math.isnan(score.value)
+    assert score.method == f"too few donors: {donors} of at least 2"
+    assert score.n_total == 20 * donors
+    assert "few_donors" in score.flags
 
 
 # -- with the executed rule -------------------------------------------------------------------------------------------
@@ -215,7 +279,7 @@ def test_what_a_judge_says_is_kept_item_by_item(world: Any, monkeypatch: pytest.
         (v.prediction, v.probability, v.status) for v in said
     ]
     said.pop()
-    with pytest.raises(ValueError, match="shorter"):  # a verdict too few is no verdict on the last item
+    with pytest.raises(InputError, match="differ in length"):  # a verdict too few is no verdict on the last item
         one(DetectionScorer(), world.explanation(3), world.view(3))
 
 
@@ -392,19 +456,22 @@ def test_the_auroc_of_p_yes_leaves_out_what_is_missing_and_never_takes_it_for_0(
         *[sure(True, None)] * 4,  # taken for 0, these would rank below all silent windows
         judgement(True, None, "failed"),
     ]
-    found = {s.metric: s for s in own_scores("detection", LATENT, judged, probabilities=True)}
+    judged = [dataclasses.replace(j, document=i) for i, j in enumerate(judged)]
+    found = own(judged, probabilities=True)
     expected = metrics.auroc([True] * 3 + [False] * 3, [0.9, 0.8, 0.4, 0.5, 0.1, 0.1])
     score = found["auroc"]
     assert score.value == pytest.approx(8 / 9)
     assert (score.low, score.high, score.method) == (expected.low, expected.high, expected.method)
+    assert score.floor < 0.4  # with the missing ones ranked last
     assert (score.n_total, score.n_scored, score.n_failed) == (11, 6, 5)
     assert (found["sensitivity"].n_scored, found["sensitivity"].n_failed) == (10, 1)
-    assert set(found) == METRICS | {"auroc"}
+    assert set(found) >= METRICS | {"auroc", "pearson", "ece", "brier"}
+    assert found["brier"].value == pytest.approx(np.mean([0.01, 0.04, 0.36, 0.25, 0.01, 0.01]))
 
 
 def test_without_any_probability_there_is_no_auroc_and_no_outside_mass() -> None:
     judged = [judgement(True, True), judgement(False, False)]
-    (score,) = [s for s in own_scores("detection", LATENT, judged, probabilities=True) if s.metric == "auroc"]
+    score = own(judged, probabilities=True)["auroc"]
     assert math.isnan(score.value)
     assert (score.n_total, score.n_scored, score.n_failed) == (2, 0, 2)
     none = outside_score("detection", LATENT, [None, None])
@@ -446,7 +513,8 @@ def test_probabilities_reach_judgements_scores_and_null(world: Any, kind: str) -
     assert null.value < 0.9
     assert {round(j.probability or 0, 6) for j in scoring.judgements["none"]} == {0.8, 0.3}
     plain = one(scorers.make(kind), world.explanation(3), view)
-    assert {s.metric for s in plain.scores} == METRICS
+    assert not {"auroc", "pearson", "ece", "brier", "population_auprc"} & {s.metric for s in plain.scores}
+    assert pick(scoring, "auroc_lift", "other_latent").low > 0
     assert {j.probability for j in plain.judgements["none"]} == {None}
 
 
@@ -485,10 +553,13 @@ def test_probabilities_need_a_language_model_that_gives_them(world: Any) -> None
         DetectionScorer(judge="llm", per_request=3),
         FuzzingScorer(threshold=0.5),
         FuzzingScorer(probabilities=True),
+        FuzzingScorer(kind="active", controls="all"),
+        DetectionScorer(certify=0.8, margin=0.2, controls=("empty",)),
+        DetectionScorer(stop_when=0.1),
     ],
 )
 def test_a_spec_makes_the_same_scorer_again(scorer: Any) -> None:
-    again = scorers.from_spec(scorer.spec)
+    again = scorers.from_spec(json.loads(json.dumps(scorer.spec)))
     assert again.spec == scorer.spec
     assert type(again) is type(scorer)
 
@@ -500,7 +571,19 @@ def test_needs_name_a_language_model_only_when_it_must_judge() -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [{"judge": "coin"}, {"per_request": 0}, {"threshold": 1.0}, {"threshold": -0.1}, {"window": 3}]
+    "args",
+    [
+        {"judge": "coin"},
+        {"per_request": 0},
+        {"threshold": 1.0},
+        {"threshold": -0.1},
+        {"window": 3},
+        {"kind": "passive"},
+        {"controls": "best"},
+        {"certify": 1.2},
+        {"certify": 0.6, "margin": 0.7},
+        {"stop_when": 0.0},
+    ],
 )
 def test_wrong_arguments_are_refused(args: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

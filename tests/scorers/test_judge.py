@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 import re
@@ -16,7 +17,7 @@ from exegete.errors import InputError, LLMError
 from exegete.llm.protocol import read_question
 from exegete.llm.scripted import ScriptedClient
 from exegete.rules.language import Clause, PositionIn, Rule, TokenAt
-from exegete.scorers.judge import ALTERNATIVES, Item, Items, LLMJudge, RuleJudge, Verdict
+from exegete.scorers.judge import ALTERNATIVES, Item, Items, JudgeOptions, LLMJudge, RuleJudge, Verdict
 from exegete.scorers.verdicts import Leaning, parse_verdicts, read_leanings
 from exegete.types import Explanation, LatentId, LLMReply, LLMRequest, TokenLogprob
 
@@ -389,6 +390,33 @@ def test_fuzzing_shows_marks(world: Any) -> None:
     ask(judge, explanation(), [item])
     assert " w01<< w02>> w03" in client.requests[0].messages[-1]["content"]
     assert "every marked piece" in client.requests[0].messages[0]["content"]
+
+
+def test_options_choose_who_judges_and_refuse_what_does_not_fit(world: Any) -> None:
+    bare, text_only = world.view(3), world.explanation(3, program=False)
+    asked, gate = dataclasses.replace(bare, llm=ScriptedClient(["[1]"])), asyncio.Semaphore(1)
+    assert isinstance(JudgeOptions().choose("detection", rule(3), bare, gate), RuleJudge)
+    assert isinstance(JudgeOptions().choose("detection", text_only, asked, gate), LLMJudge)
+    assert isinstance(JudgeOptions(judge="rule").choose("detection", rule(3), asked, gate), RuleJudge)
+    for options, view in (
+        (JudgeOptions(), bare),
+        (JudgeOptions(judge="rule"), asked),
+        (JudgeOptions(judge="llm"), bare),
+    ):
+        with pytest.raises(InputError, match="--llm"):
+            options.choose("detection", text_only, view, gate)
+    sure = JudgeOptions(probabilities=True)
+    assert (sure.judge, sure.needs) == ("llm", {"llm", "logprobs"})
+    assert JudgeOptions(**sure.args) == sure
+    assert JudgeOptions().needs == set()
+
+
+def test_requests_name_what_they_are_for(world: Any) -> None:
+    client = ScriptedClient(["[1]"])
+    view = dataclasses.replace(world.view(3), llm=client)
+    judge = JudgeOptions().choose("detection", explanation(), view, asyncio.Semaphore(1), "discrimination")
+    ask(judge, explanation(), items(1))
+    assert [r.stage for r in client.requests] == ["discrimination"]
 
 
 def test_a_request_holds_at_least_one_example(world: Any) -> None:

@@ -17,7 +17,6 @@ from exegete.types import STRATA, LatentId
 
 LEVEL, RATE = 0.7, 0.05
 Correction = Literal["e-bh", "by", "bh"]
-_EVIDENCE = "certify_e"
 
 
 def certify(
@@ -26,18 +25,17 @@ def certify(
     *,
     scorer: str = "detection",
     explainer: str | None = None,
-    level: float | None = None,
+    level: float = LEVEL,
     rate: float = RATE,
     correction: Correction = "e-bh",
     worst: bool = False,
 ) -> Certified:
     """Return the latents of a coder whose balanced accuracy is certified to be above ``level``, strongest first.
 
-    The level is 0.7 by default; of latents that were judged in rounds it is what they were held against, the level
-    asked for less the margin. At most a share ``rate`` of the list is expected to be wrong: by e-BH whatever the
-    latents share (they share documents), as by Benjamini and Yekutieli's ``by``; ``bh`` asks for independence.
-    ``explainer`` is the key of an explaining stage, by default the newest with measured judgements. What failed is left
-    out, or counted as wrong with ``worst``. Plumbing checks certify nothing.
+    At most a share ``rate`` of the list is expected to be wrong: by e-BH whatever the latents share (they share
+    documents) and whenever judging stopped, as by Benjamini and Yekutieli's ``by`` where the number of judgements was
+    fixed; ``bh`` asks for independence too. ``explainer`` is the key of an explaining stage, by default the newest with
+    measured judgements. What failed is left out, or counted as wrong with ``worst``. Plumbing checks certify nothing.
 
     Raises NotFoundError when a scorer has no judgements of the coder, InputError for a level, rate or correction that
     is none, and for p-values of latents that were judged in rounds.
@@ -51,23 +49,12 @@ def certify(
     }
     if key is None or not observed:
         raise NotFoundError(f"{scorer} has measured nothing of {coder}; measure it with exegete score")
-    rounds = results.score_column(coder, scorer, _EVIDENCE, explainer=key, plumbing=False)
-    found = dict(zip(rounds.index.tolist(), rounds.value.tolist(), strict=True))
-    if correction != "e-bh" and found:
-        raise InputError("latents that were judged in rounds have e-values and no p-values; use e-bh")
-    tested = _tested(results, scorer, key) if found else None
-    if tested is not None and level is not None and abs(level - tested) > 1e-9:
-        raise InputError(
-            f"these latents were judged in rounds against the level {tested:g}; certify that, not {level:g}"
-        )
-    level = tested if tested is not None else LEVEL if level is None else level
     latents = list(observed)
     if correction == "e-bh":
-        evidence = [
-            found[latent.index] if latent.index in found else e_value(observed[latent], level, worst=worst)
-            for latent in latents
-        ]
+        evidence = [e_value(observed[latent], level, worst=worst) for latent in latents]
         listed = certified(latents, q=rate, e_values=evidence)
+    elif _in_rounds(results, scorer, key):
+        raise InputError("latents that were judged in rounds have e-values and no p-values; use e-bh")
     else:
         evidence = [p_value(observed[latent], level, worst=worst) for latent in latents]
         listed = certified(latents, q=rate, p_values=evidence, correction=correction)
@@ -93,17 +80,16 @@ def _newest(results: Results, coder: str, scorer: str) -> str | None:
     return None
 
 
-def _tested(results: Results, scorer: str, explainer: str) -> float | None:
-    """Return the level that latents judged in rounds were held against: what was to be certified less the margin."""
-    for stage, spec in results.stages().values():
-        args = (spec.get("scorer") or {}).get("args") or {}
-        if stage == scorer and spec.get("explain") == explainer and args.get("certify") is not None:
-            return float(args["certify"]) - float(args["margin"])
-    return None
+def _in_rounds(results: Results, scorer: str, explainer: str) -> bool:
+    """Return whether any explanation of a stage was judged until its answers decided that it was enough."""
+    found = [spec for stage, spec in results.stages().values() if stage == scorer and spec.get("explain") == explainer]
+    args = [(spec.get("scorer") or {}).get("args") or {} for spec in found]
+    return any(one.get(name) is not None for one in args for name in ("certify", "stop_when"))
 
 
 def _observed(columns: JudgementColumns) -> Observed:
-    places = np.array([STRATA.index(name) for name in columns.strata] or [0], np.int8)
+    known = {name: place for place, name in enumerate(STRATA)}
+    places = np.array([known.get(name, 0) for name in columns.strata] or [0], np.int8)  # no evidence rests on them
     return Observed(
         truth=columns.truth,
         prediction=columns.prediction,

@@ -24,7 +24,7 @@ from exegete.analysis.shapes import (
     RunSummary,
 )
 from exegete.analysis.summary import ranking
-from exegete.analysis.text import NULL_TEXT, PLUMBING, bracket, metric_text, number, percent, small
+from exegete.analysis.text import NULL_TEXT, PLUMBING, bracket, certified_line, metric_text, number, percent, small
 from exegete.metrics import Interval
 from exegete.results import Results
 from exegete.results_columns import ScoreColumn
@@ -65,6 +65,7 @@ def index_context(
         "agreements": [(*group, *matrix(found)) for group, found in _grouped(summary.agreements).items()],
         "llm_lifts": summary.llm_lifts,
         "retests": summary.retests,
+        "certified": [certified_line(one) for one in summary.certified],
         "output_latents": [(o, pages.get(LatentId(coder=o.coder, index=o.index))) for o in summary.output_latents],
         "histograms": [g for g in (histograms(results, c, e) for c, e in own) if g.figures],
         "curve_groups": [g for g in (sensitivities(c, e) for c, e in own) if g.figures],

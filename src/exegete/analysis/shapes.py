@@ -250,6 +250,7 @@ class RunSummary:
     llm_lifts: tuple[LLMLift, ...] = ()
     output_latents: tuple[OutputLatent, ...] = ()
     retests: tuple[Retest, ...] = ()
+    certified: tuple[Certified, ...] = ()
 
     def trained(self) -> tuple[CoderSummary, ...]:
         """Return the coders that are no nulls."""

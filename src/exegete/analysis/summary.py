@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exegete.analysis.across import agreements, llm_lifts, output_latents, retests
+from exegete.analysis.certify import certify
 from exegete.analysis.curves import judged_curves
 from exegete.analysis.shapes import (
     BASELINES,
@@ -64,6 +65,12 @@ def summarise(results: Results) -> RunSummary:
             contrasts=contrasts,
             agreements=tuple(a for c, e in own for a in agreements(results, c, e)),
             llm_lifts=tuple(lift for c in coders if c.role == "trained" for lift in llm_lifts(results, c)),
+            certified=tuple(
+                certify(results, c.name, scorer=s.scorer, explainer=e.key)
+                for c, e in own
+                for s in e.measured
+                if s.metric == HEADLINE and s.curves
+            ),
             retests=tuple(retest for c, e in own for retest in retests(results, c, e)),
             output_latents=tuple(latent for c, e in own for latent in output_latents(results, c, e)),
         )

@@ -66,6 +66,7 @@ def table_text(summary: RunSummary) -> str:
         *_controls(summary.contrasts),
         *_latents(summary.coders),
         *_scores(summary.coders, plumbing=False),
+        *_certified(summary.certified),
         *_executed(summary.coders),
         *_scores(summary.coders, plumbing=True),
     ]
@@ -116,14 +117,24 @@ def _latents(coders: Sequence[CoderSummary]) -> list[str]:
     return lines
 
 
+def _certified(found: Sequence[Certified]) -> list[str]:
+    lines = [certified_line(one) for one in found]
+    return [*lines, ""] if lines else []
+
+
+def certified_line(one: Certified) -> str:
+    """Return how many latents of a coder are certified, and for what."""
+    return (
+        f"{_short(one.coder)}: {len(one.latents):,} of {one.n:,} latents certified above {one.level:g} by "
+        f"{visible_line(one.scorer)} ({one.correction}, false-discovery rate {one.rate:g})"
+    )
+
+
 def certified_text(found: Sequence[Certified]) -> str:
     """Return certified lists: how many latents of each coder, and which."""
     lines = []
     for one in found:
-        lines.append(
-            f"{_short(one.coder)}: {len(one.latents):,} of {one.n:,} latents have a balanced accuracy above "
-            f"{one.level:g} by {one.scorer} (false-discovery rate {one.rate:g}, {one.correction})"
-        )
+        lines.append(certified_line(one))
         kind = "e-value" if one.correction == "e-bh" else "p-value"
         lines += [f"  {index:>8}  {number(score)}  {kind} {value:.3g}" for index, score, value in one.latents]
     return "\n".join(lines)

@@ -140,7 +140,7 @@ def build_parser() -> Parser:
     certify.add_argument("run", type=Path, metavar="RUN", help="run folder")
     certify.add_argument("coders", nargs="*", metavar="CODER", help="only these coders")
     certify.add_argument("--scorer", default="detection", help="whose balanced accuracy (default: detection)")
-    certify.add_argument("--level", type=float, metavar="X", help="certified to be above this (default: 0.7)")
+    certify.add_argument("--level", type=float, default=0.7, metavar="X", help="to be above this (default: 0.7)")
     certify.add_argument("--rate", type=float, default=0.05, metavar="X", help="false-discovery rate (default: 0.05)")
     certify.add_argument(
         "--correction",

@@ -19,7 +19,7 @@ from exegete.examples.diverse import candidates, farthest_first
 from exegete.examples.draws import spread
 from exegete.examples.fired import Block, Gathered, Recorded, gathered
 from exegete.examples.keys import latent_keys, mixed
-from exegete.examples.negatives import Silent, draw_silent
+from exegete.examples.negatives import Silent, draw_silent, homes
 from exegete.examples.proxy import Proxy
 from exegete.examples.select import Draw, chosen_for_certain, draw, rank
 from exegete.examples.split import CODES
@@ -63,7 +63,8 @@ def select_many(
     All windows come from the frame; only train windows are centred on firings when ``config.centred`` asks for it.
     Firing train windows are drawn by ``config.strategy``, strongest first in the set; firing test windows by
     ``config.test_strategy``; silent test windows in equal parts from the kinds of ``config.negatives``, of which each
-    but ``random`` needs its proxy. Test windows stand in random order. A window fires when any position of it has a
+    but ``random`` needs its proxy. Of one document no more than PER_DOCUMENT test windows are drawn in a stratum while
+    others have enough (not by ``importance``, and train windows are not spread so). Test windows stand in random order. A window fires when any position of it has a
     positive value; one that holds none but values of 0 or below is neither firing nor silent. Of near-duplicate windows
     one, drawn at random, stands for all. The draws of a latent depend on the seed and its name alone. ``coder`` is the
     name in the latents' ids, by default the store's.
@@ -120,8 +121,10 @@ class _Job:
         self._counted("train")
         self._n_test = self._counted("test")
         self._known = {split: data.clusters(split, self._frame, config.duplicates) for split in ("train", "test")}
+        self._homes = homes(self._known["test"], self._frame.document)
         plain = self._kinds == ("random",) and config.silent == "window"
-        self.size: Final = _BLOCK if plain else max(1, min(_BLOCK, _PAIRS // max(self._n_test, 1)))
+        longest = self._homes.n + len(self._homes.wandering) if plain else self._n_test
+        self.size: Final = max(1, min(_BLOCK, _PAIRS // max(longest, 1)))
 
     def _counted(self, split: Split) -> int:
         count = int(np.count_nonzero(self._frame.split == CODES[split]))
@@ -201,7 +204,8 @@ class _Job:
         """Draw the firing test windows, and put the silent ones beside them."""
         config, tiled = self._config, self._frame
         ranked = rank(found.maximum, found.window, found.offsets, keys)
-        firing = _chosen(found, tiled.places(found.window), draw(ranked, config.n_test, config.test_strategy))
+        drawn = draw(ranked, config.n_test, config.test_strategy, self._homes.document[found.window])
+        firing = _chosen(found, tiled.places(found.window), drawn)
         mute = _Chosen(
             latent=silent.latent,
             place=tiled.places(silent.window),
@@ -231,7 +235,7 @@ class _Job:
                 kinds.append(None)
                 continue
             kinds.append(self._found(kind, block))
-        return draw_silent(touched, barred, kinds, self._known["test"], self._config.n_negatives, keys)
+        return draw_silent(touched, barred, kinds, self._known["test"], self._config.n_negatives, keys, self._homes)
 
     def _found(self, kind: Negative, block: Block) -> Array:
         """Return the windows of a kind, as latent * windows + window."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
-from exegete.examples.keys import nth
+from exegete.examples.keys import mixed, nth
 from exegete.types import Array
 
-_CROWDED = 4  # of a stratum with fewer members for each one wanted, all are given a key
+PER_DOCUMENT: Final = 3
+"""Test windows of one document in a stratum at most, while other documents have enough."""
+_CROWDED: Final = 4  # of a stratum with fewer members for each one wanted, all are given a key
 
 
 def starts_of(sizes: Array | Sequence[int]) -> Array:
@@ -56,6 +59,49 @@ def draw_places(keys: Array, sizes: Array, wanted: Array) -> tuple[Array, Array]
     stratum, place = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
     order = np.lexsort((place, stratum))
     return stratum[order], place[order]
+
+
+def draw_spread(keys: Array, sizes: Array, starts: Array, wanted: Array) -> tuple[Array, Array, Array]:
+    """Draw ``wanted`` [s] members of every stratum, no more than a few of any of the documents they lie in.
+
+    Documents [d] have ``sizes`` members each, which may be 0, and lie stratum by stratum; ``starts`` [s + 1] says where
+    those of each begin. Of every document in a stratum at most c members are kept, all sets of so many alike, and of
+    what is kept in the stratum (N) so many are drawn as are ``wanted`` (n, no more than there are). c is the least
+    number from PER_DOCUMENT on with which N reaches n; a document of m members gives each with probability
+    min(m, c) / m · n / N. Returns document [n] and place in it, ascending, and that probability. What is drawn
+    from a stratum is a function of its key (uint64), sizes and wanted number.
+    """
+    kept = np.minimum(sizes, PER_DOCUMENT)
+    ends = starts_of(kept)
+    short = np.flatnonzero(np.diff(ends[starts]) < wanted)
+    if len(short):
+        stratum, place = spread(np.diff(starts)[short])
+        at = starts[short][stratum] + place
+        kept[at] = np.minimum(sizes[at], _caps(sizes[at], stratum, wanted[short])[stratum])
+        ends = starts_of(kept)
+    held = np.diff(ends[starts])
+    # Which of its members a document keeps need not be drawn for them all: any it keeps is any of its members.
+    stratum, slot = draw_places(keys, held, wanted)
+    document = np.searchsorted(ends, ends[starts[stratum]] + slot, side="right") - 1
+    first = np.flatnonzero(np.diff(document, prepend=-1))
+    stratum, document, counts = stratum[first], document[first], np.diff(first, append=len(document))
+    which, place = draw_places(nth(mixed(~keys[stratum]), document - starts[stratum]), sizes[document], counts)
+    stratum, document = stratum[which], document[which]
+    return document, place, kept[document] / sizes[document] * (wanted[stratum] / held[stratum])
+
+
+def _caps(sizes: Array, stratum: Array, wanted: Array) -> Array:
+    """Return the least c of each stratum with which its documents, c members of each at most, hold those wanted.
+
+    PER_DOCUMENT is known to be too few, and as many as are wanted are enough.
+    """
+    low, high = np.full(len(wanted), PER_DOCUMENT), wanted
+    while (high - low > 1).any():
+        middle = (low + high) // 2
+        # Sums of whole numbers below 2^53 are exact.
+        held = np.bincount(stratum, np.minimum(sizes, middle[stratum]), len(wanted))
+        low, high = np.where(held < wanted, middle, low), np.where(held < wanted, high, middle)
+    return high
 
 
 def _by_key(keys: Array, sizes: Array, wanted: Array) -> tuple[Array, Array]:

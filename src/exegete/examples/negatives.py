@@ -1,8 +1,8 @@
 """Silent windows to judge beside the firing ones: kinds that divide the test frame, and draws from each.
 
 The units are near-duplicate clusters with at least one window in which the latent may be called silent: of such windows
-one, drawn at random, stands for all. A unit is of the first kind that any of its silent windows is of. Arrays in,
-arrays out.
+one, drawn at random, stands for all. A unit is of the first kind that any of its silent windows is of, and lies in the
+document of the window that stands for it. Arrays in, arrays out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final, final
 import numpy as np
 
 from exegete.examples.clusters import Clusters
-from exegete.examples.draws import allocate, draw_places, spread, starts_of
+from exegete.examples.draws import PER_DOCUMENT, allocate, draw_spread, spread, starts_of
 from exegete.examples.keys import nth
 from exegete.types import Array
 
@@ -40,6 +40,58 @@ class Silent:
     unused: Array
 
 
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Homes:
+    """The documents that the clusters of a split lie in, numbered from 0 in any order.
+
+    ``document`` [windows of the frame] int64 is that of each window, 0 for those of other splits; ``n`` how many there
+    are. ``settled`` are the clusters that lie in one document, document by document, of which each begins at one of
+    ``starts`` [n + 1]; ``place`` [clusters] is each one's place among them, −1 for those that lie in several documents,
+    which are ``wandering``.
+    """
+
+    document: Array
+    n: int
+    settled: Array
+    starts: Array
+    place: Array
+    wandering: Array
+
+
+def homes(known: Clusters, document: Array | None) -> Homes:
+    """Return where clusters lie, by the document [windows of the frame] (int, at least 0) of each window.
+
+    Where no document could have too many units, and without documents, all are one: draws need not be spread.
+    """
+    number: Array = np.zeros(len(known.number), np.int64)
+    sizes = np.diff(known.offsets)
+    if document is not None and len(known):
+        seen = np.zeros(int(document[known.members].max()) + 1, bool)
+        seen[document[known.members]] = True
+        own = (np.cumsum(seen) - 1)[document[known.members]]
+        if np.bincount(own).max() > PER_DOCUMENT:
+            number[known.members] = own
+    own = number[known.members]
+    home = own[known.offsets[:-1]]
+    apart = (
+        np.bincount(np.repeat(np.arange(len(known)), sizes)[own != np.repeat(home, sizes)], minlength=len(known)) > 0
+    )
+    settled = np.flatnonzero(~apart)
+    settled = settled[np.argsort(home[settled], kind="stable")]
+    n = int(own.max(initial=0)) + 1
+    place: Array = np.full(len(known), -1, np.int64)
+    place[settled] = np.arange(len(settled))
+    return Homes(
+        document=number,
+        n=n,
+        settled=settled,
+        starts=starts_of(np.bincount(home[settled], minlength=n)),
+        place=place,
+        wandering=np.flatnonzero(apart),
+    )
+
+
 def draw_silent(
     touched: Array,
     barred: Array,
@@ -47,6 +99,7 @@ def draw_silent(
     known: Clusters,
     n: int,
     keys: Array,
+    lying: Homes | None = None,
 ) -> Silent:
     """Draw n silent windows for each of m latents, in equal parts from ``kinds``, without replacement.
 
@@ -54,9 +107,11 @@ def draw_silent(
     ``touched`` are those in which a latent has any firing, ``barred`` those that may not be drawn (they hold all that
     are touched), ``kinds`` the windows of each kind: the first that claims a unit has it, and the last may be None,
     for all others.
-    ``keys`` [m] uint64 decide the draws. What one kind lacks the others make up for.
+    ``keys`` [m] uint64 decide the draws. What one kind lacks the others make up for. The window that stands for a unit
+    is decided first; those drawn of a kind are then spread over documents, by ``lying`` (``draw_spread``).
     """
     m, width, count = len(keys), len(known.number), len(known)
+    lying = homes(known, None) if lying is None else lying
     claimed, owned = _full(barred, known, width), []
     for windows in kinds:
         found = _NONE if windows is None else _clusters_of(_without(windows, barred), known, width)
@@ -66,27 +121,72 @@ def draw_silent(
     if kinds[-1] is None:
         sizes[:, -1] = count - _counted(claimed, count, m)
     given = allocate(np.full(m, n), sizes)
+    standing = _Standing(barred, known, nth(keys, np.full(m, len(kinds))))
     parts = []
     for kind, codes in enumerate(owned):
-        latent, place = draw_places(nth(keys, np.full(m, kind)), sizes[:, kind], given[:, kind])
+        own = nth(keys, np.full(m, kind))
         if kinds[kind] is None:
-            cluster = _nth_free(claimed, latent, place, m, count)
+            part = _drawn_of_rest(claimed, given[:, kind], lying, standing, own)
         else:
-            cluster = codes[starts_of(sizes[:, kind])[latent] + place] % count
-        parts.append((latent, cluster, np.full(len(latent), kind)))
-    latent, cluster, kind_of = (np.concatenate([part[i] for part in parts]) for i in range(3))
-    order = np.argsort(latent, kind="stable")
-    latent, cluster, kind_of = latent[order], cluster[order], kind_of[order]
-    window, multiplicity = _representatives(latent, cluster, barred, known, nth(keys, np.full(m, len(kinds))))
+            part = _drawn_of(codes, given[:, kind], lying, standing, own)
+        parts.append((*part, np.full(len(part[0]), kind)))
+    latent, cluster, probability, kind_of = (np.concatenate([part[i] for part in parts]) for i in range(4))
+    order = np.lexsort((cluster, kind_of, latent))
+    latent, cluster = latent[order], cluster[order]
+    window, multiplicity = standing.of(latent, cluster)
     return Silent(
         latent=latent,
         window=window,
-        kind=kind_of,
-        probability=(given / np.maximum(sizes, 1))[latent, kind_of],
+        kind=kind_of[order],
+        probability=probability[order],
         multiplicity=multiplicity,
         sizes=sizes,
         unused=count - _counted(_full(touched, known, width), count, m) - sizes.sum(axis=1),
     )
+
+
+def _drawn_of(codes: Array, given: Array, lying: Homes, standing: _Standing, keys: Array) -> tuple[Array, Array, Array]:
+    """Draw ``given`` [m] of the clusters of each latent, latent * clusters + cluster, ascending.
+
+    Returns latents, clusters and probabilities.
+    """
+    m, count = len(keys), len(lying.place)
+    latent, cluster = np.divmod(codes, count)
+    home = latent * lying.n + lying.document[standing.of(latent, cluster)[0]]
+    if (np.diff(home) < 0).any():
+        order = np.argsort(home, kind="stable")
+        home, cluster = home[order], cluster[order]
+    begin = np.flatnonzero(np.diff(home, prepend=-1))
+    starts = np.searchsorted(home[begin], np.arange(m + 1) * lying.n)
+    group, place, chance = draw_spread(keys, np.diff(begin, append=len(home)), starts, given)
+    at = begin[group] + place
+    return home[at] // lying.n, cluster[at], chance
+
+
+def _drawn_of_rest(
+    claimed: Array, given: Array, lying: Homes, standing: _Standing, keys: Array
+) -> tuple[Array, Array, Array]:
+    """Draw ``given`` [m] of the clusters of each latent that are not ``claimed``, as ``_drawn_of`` does."""
+    m, count, n, held = len(keys), len(lying.place), lying.n, len(lying.settled)
+    taken = lying.place[claimed % count]
+    taken = np.sort((claimed // count * held + taken)[taken >= 0])
+    of_taken, place_taken = np.divmod(taken, max(held, 1))
+    home = np.searchsorted(lying.starts, place_taken, side="right") - 1
+    settled = np.diff(lying.starts) - np.bincount(of_taken * n + home, minlength=m * n).reshape(m, n)
+    free = _without((np.arange(m)[:, None] * count + lying.wandering).reshape(-1), claimed)
+    latent, wandering = np.divmod(free, count)
+    home = latent * n + lying.document[standing.of(latent, wandering)[0]]
+    wandering = wandering[np.argsort(home, kind="stable")]
+    others = np.bincount(home, minlength=m * n)
+    group, place, chance = draw_spread(keys, settled.reshape(-1) + others, np.arange(m + 1) * n, given)
+    latent, document = np.divmod(group, n)
+    extra = place - settled.reshape(-1)[group]  # from 0 on: of the wandering ones that came to the document
+    before = (np.cumsum(settled, axis=1) - settled).reshape(-1)[group]
+    cluster = np.zeros(len(group), np.int64)
+    own = extra < 0
+    cluster[own] = lying.settled[_nth_free(taken, latent[own], (before + place)[own], m, held)]
+    cluster[~own] = wandering[starts_of(others)[group[~own]] + extra[~own]]
+    return latent, cluster, chance
 
 
 def _full(windows: Array, known: Clusters, width: int) -> Array:
@@ -145,20 +245,34 @@ def _nth_free(taken: Array, latent: Array, place: Array, m: int, count: int) -> 
     return free
 
 
-def _representatives(latent: Array, cluster: Array, barred: Array, known: Clusters, keys: Array) -> tuple[Array, Array]:
-    """Return of each cluster one window that is not barred, drawn at random, and how many there are."""
-    window = known.members[known.offsets[cluster]]
-    multiplicity: Array = np.ones(len(window), np.int64)
-    sizes = known.offsets[cluster + 1] - known.offsets[cluster]
-    several = np.flatnonzero(sizes > 1)
-    if len(several):
-        which, place = spread(sizes[several])
-        members = known.members[known.offsets[cluster[several]][which] + place]
-        free = ~_within(latent[several][which] * len(known.number) + members, barred)
-        which, members = which[free], members[free]
-        counts = np.bincount(which, minlength=len(several))
-        drawn = nth(keys[latent[several]], cluster[several])
-        place = (drawn % counts.astype(np.uint64)).astype(np.int64)
-        window[several] = members[starts_of(counts)[:-1] + place]
-        multiplicity[several] = counts
-    return window, multiplicity
+@final
+class _Standing:
+    """Which window stands for a cluster: one of those that are not barred, drawn at random for each latent."""
+
+    def __init__(self, barred: Array, known: Clusters, keys: Array) -> None:
+        self._barred, self._known, self._keys = barred, known, keys
+        # Clusters of which some windows are barred, as latent * clusters + cluster.
+        self._partly = _NONE if known.single else np.unique(_coded(barred, known, len(known.number)))
+
+    def of(self, latent: Array, cluster: Array) -> tuple[Array, Array]:
+        """Return the window of each cluster, and how many it stands for; of none are all windows barred."""
+        known = self._known
+        begin = known.offsets[cluster]
+        if known.single:
+            return known.members[begin], np.ones(len(begin), np.int64)
+        multiplicity = known.offsets[cluster + 1] - begin
+        several = np.flatnonzero(multiplicity > 1)
+        drawn = np.zeros(len(begin), np.uint64)
+        drawn[several] = nth(self._keys[latent[several]], cluster[several])
+        window = known.members[begin + (drawn % multiplicity.astype(np.uint64)).astype(np.int64)]
+        partly = several[_within(latent[several] * len(known) + cluster[several], self._partly)]
+        if len(partly):
+            which, place = spread(multiplicity[partly])
+            members = known.members[begin[partly][which] + place]
+            free = ~_within(latent[partly][which] * len(known.number) + members, self._barred)
+            which, members = which[free], members[free]
+            counts = np.bincount(which, minlength=len(partly))
+            place = (drawn[partly] % counts.astype(np.uint64)).astype(np.int64)
+            window[partly] = members[starts_of(counts)[:-1] + place]
+            multiplicity[partly] = counts
+        return window, multiplicity

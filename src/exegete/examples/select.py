@@ -15,7 +15,7 @@ import numpy as np
 
 from exegete.config import Strategy
 from exegete.errors import unknown
-from exegete.examples.draws import allocate, draw_places, spread
+from exegete.examples.draws import allocate, draw_places, draw_spread, spread, starts_of
 from exegete.examples.keys import mixed, nth
 from exegete.types import STRATA, Array
 
@@ -80,8 +80,13 @@ def rank(maxima: Array, windows: Array, offsets: Array, keys: Array) -> Ranked:
     return Ranked(order=order, maxima=maxima[order], offsets=offsets, keys=keys)
 
 
-def draw(ranked: Ranked, n: int, strategy: Strategy) -> Draw:
+def draw(ranked: Ranked, n: int, strategy: Strategy, document: Array | None = None) -> Draw:
     """Draw ``n`` of each latent's windows, or all when there are no more.
+
+    With ``document`` [windows], the documents they lie in, those drawn of one part of the strategy are spread over
+    documents (``draw_spread``) by ``random``, ``quantiles``, ``bins`` and ``mix``: the probabilities n / N below are
+    those of a window of an average document then. ``top`` takes what is strongest wherever it lies, and ``importance``
+    keeps its probabilities as they are: they are proportional to maxima, and no document has a share of them.
 
     ``top`` takes the strongest, with probability 1: it is no draw, and says nothing about the other windows.
     ``random`` takes each window with probability n / N. ``quantiles`` takes equal parts of the ten rank deciles and
@@ -95,14 +100,16 @@ def draw(ranked: Ranked, n: int, strategy: Strategy) -> Draw:
     if strategy == "top" or n < 1:
         return _first(ranked, wanted)
     if strategy == "random":
-        return _parts(ranked, sizes[:, None], wanted[:, None], np.zeros_like(wanted), STRATA.index("random"))
+        parts = _Parts(sizes=sizes[:, None], given=wanted[:, None], skipped=np.zeros_like(wanted))
+        return _parts(ranked, parts, STRATA.index("random"), document)
     if strategy == "quantiles":
-        return _quantiles(ranked, wanted, np.zeros_like(wanted))
+        return _parts(ranked, _quantiles(ranked, wanted, np.zeros_like(wanted)), _DECILE, document)
     if strategy == "bins":
-        return _bins(ranked, wanted)
+        return _parts(ranked, _bins(ranked, wanted), _BIN, document)
     if strategy == "mix":
         half = (wanted + 1) // 2
-        return _merged(_first(ranked, half), _quantiles(ranked, wanted - half, half))
+        rest = _parts(ranked, _quantiles(ranked, wanted - half, half), _DECILE, document)
+        return _merged(_first(ranked, half), rest)
     if strategy == "importance":
         return _importance(ranked, n)
     raise unknown("strategy", strategy, _KNOWN)
@@ -156,8 +163,21 @@ def _first(ranked: Ranked, wanted: Array) -> Draw:
     return chosen_for_certain(ranked, *spread(wanted), STRATA.index("top"))
 
 
-def _quantiles(ranked: Ranked, wanted: Array, skipped: Array) -> Draw:
-    """Draw equal parts of the deciles of all but the first ``skipped`` windows.
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """Ranges of ranks, ``sizes`` [m, parts] of each latent, that follow one another after ``skipped`` [m].
+
+    ``given`` [m, parts] are drawn of them.
+    """
+
+    sizes: Array
+    given: Array
+    skipped: Array
+
+
+def _quantiles(ranked: Ranked, wanted: Array, skipped: Array) -> _Parts:
+    """Return equal parts of the deciles of all but the first ``skipped`` windows.
 
     With fewer than ten wanted, equal parts of as many strata, so that no window has no chance.
     """
@@ -166,17 +186,17 @@ def _quantiles(ranked: Ranked, wanted: Array, skipped: Array) -> Draw:
     # Rank i is in part i * parts // total.
     edges = -(-np.minimum(np.arange(PARTS + 1), parts) * total[:, None] // parts)
     sizes = np.diff(edges, axis=1)
-    return _parts(ranked, sizes, allocate(wanted, sizes), skipped, _DECILE)
+    return _Parts(sizes=sizes, given=allocate(wanted, sizes), skipped=skipped)
 
 
-def _bins(ranked: Ranked, wanted: Array) -> Draw:
-    """Draw equal parts of the bins; with fewer than ten wanted there are as many, wider ones."""
+def _bins(ranked: Ranked, wanted: Array) -> _Parts:
+    """Return equal parts of the bins; with fewer than ten wanted there are as many, wider ones."""
     m = len(wanted)
     parts = np.clip(wanted, 1, PARTS)
     latent = np.repeat(np.arange(m), ranked.sizes)
     part = _binned(ranked, latent, np.arange(len(latent)), parts[latent])
     sizes = np.bincount(latent * PARTS + part, minlength=m * PARTS).reshape(m, PARTS)
-    return _parts(ranked, sizes, allocate(wanted, sizes), np.zeros_like(wanted), _BIN)
+    return _Parts(sizes=sizes, given=allocate(wanted, sizes), skipped=np.zeros_like(wanted))
 
 
 def _binned(ranked: Ranked, latent: Array, at: Array, parts: Array | int) -> Array:
@@ -187,21 +207,46 @@ def _binned(ranked: Ranked, latent: Array, at: Array, parts: Array | int) -> Arr
     return binned
 
 
-def _parts(ranked: Ranked, sizes: Array, given: Array, skipped: Array, label: int) -> Draw:
-    """Draw ``given`` [m, parts] from ranges of ranks of these ``sizes``, which follow one another after ``skipped``."""
-    parts = sizes.shape[1]
+def _parts(ranked: Ranked, among: _Parts, label: int, document: Array | None) -> Draw:
+    """Draw from ranges of ranks, spread over documents if these are given."""
+    sizes, given = among.sizes.reshape(-1), among.given.reshape(-1)
+    parts = among.sizes.shape[1]
     keys = nth(ranked.keys[:, None], np.arange(parts)[None, :]).reshape(-1)
-    which, place = draw_places(keys, sizes.reshape(-1), given.reshape(-1))
-    latent = which // parts
-    ranks = (np.cumsum(sizes, axis=1) - sizes).reshape(-1)[which] + place
-    at = ranked.offsets[latent] + skipped[latent] + ranks
+    before = np.cumsum(among.sizes, axis=1) - among.sizes
+    firsts = (before + (ranked.offsets[:-1] + among.skipped)[:, None]).reshape(-1)  # where each range begins
+    if document is None:
+        which, place = draw_places(keys, sizes, given)
+        chance = (given / np.maximum(sizes, 1))[which]
+    else:
+        which, place, chance = _spread(keys, sizes, given, firsts, document[ranked.order])
+    latent, at = which // parts, firsts[which] + place
+    ranks = before.reshape(-1)[which] + place
     stratum = np.full(len(at), label)
     if label == _DECILE:
-        stratum += deciles(ranks, sizes.sum(axis=1)[latent])
+        stratum += deciles(ranks, among.sizes.sum(axis=1)[latent])
     elif label == _BIN:
         stratum += _binned(ranked, latent, at, PARTS)
-    chance = (given / np.maximum(sizes, 1)).reshape(-1)[which]
     return Draw(latent=latent, chosen=ranked.order[at], stratum=stratum, probability=chance)
+
+
+def _spread(keys: Array, sizes: Array, given: Array, firsts: Array, document: Array) -> tuple[Array, Array, Array]:
+    """Draw from ranges of places, which begin at ``firsts``, spread over the ``document`` at each place.
+
+    Returns range, place in it and probability, by range and then place.
+    """
+    which, place = spread(sizes)
+    # Range, document and place in one number: 10 bits, as many as there are documents, and as many as there are places.
+    bits = np.uint64(len(which).bit_length())
+    code = which * (int(document.max(initial=0)) + 1) + document[firsts[which] + place]
+    packed = code.astype(np.uint64) << bits | np.arange(len(which), dtype=np.uint64)
+    packed.sort()
+    begin = np.flatnonzero(np.diff((packed >> bits).astype(np.int64), prepend=-1))
+    starts = np.searchsorted(begin, starts_of(sizes))
+    group, among, chance = draw_spread(keys, np.diff(begin, append=len(which)), starts, given)
+    at = (packed[begin[group] + among] & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+    order = np.argsort(at)
+    at = at[order]
+    return which[at], place[at], chance[order]
 
 
 def _importance(ranked: Ranked, n: int) -> Draw:

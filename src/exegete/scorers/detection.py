@@ -1,13 +1,16 @@
-"""Detection: does the explanation fit the window at all? (arXiv 2410.13928, section 3.3.1)."""
+"""Detection: does the explanation fit the window at all? (arXiv 2410.13928, section 3.3.1).
+
+The released code's prompt asks of detection what fuzzing asks; ours asks whether the window fits.
+"""
 
 from __future__ import annotations
 
 from typing import final
 
 from exegete.llm.protocol import Kind
+from exegete.scorers.asked import Asked
 from exegete.scorers.judge import Items
 from exegete.scorers.judged import JudgedScorer
-from exegete.types import Windows
 from exegete.views import LatentView
 
 
@@ -20,6 +23,7 @@ class DetectionScorer(JudgedScorer):
         """``detection``."""
         return "detection"
 
-    def items(self, view: LatentView, examples: Windows) -> Items:
+    def units(self, view: LatentView) -> Asked:
         """Return the windows as they are."""
-        return Items(tokens=examples.tokens)
+        examples = view.examples.part("test")
+        return Asked.whole(examples, Items(tokens=examples.tokens))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import final, overload
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, final, overload
 
 import numpy as np
 
-from exegete.errors import InputError
+from exegete.errors import ConfigError, InputError
 from exegete.examples.render import marked_texts, plain_texts
 from exegete.llm.client import LLMClient, gather_all
 from exegete.llm.protocol import Kind, judge_messages_of, verdicts_schema, write_excerpts
@@ -23,7 +23,9 @@ from exegete.rules.language import Rule
 from exegete.scorers.verdicts import Leaning, parse_verdicts, read_leanings
 from exegete.tokens import TokenTable
 from exegete.types import Array, Explanation, JudgementStatus, LLMReply, LLMRequest
+from exegete.views import LatentView, Need
 
+JudgeChoice = Literal["auto", "rule", "llm"]
 ALTERNATIVES = 20
 """Alternatives asked for per token when probabilities are wanted: the most that common servers give."""
 MAX_TOKENS = 500
@@ -92,10 +94,12 @@ class Verdict:
     """What the judge said of one item; ``prediction`` is None unless ``status`` is ``ok``.
 
     ``probability`` is P(yes) among yes and no, ``outside`` the mass on neither; None where the judge gave none.
+    ``value`` is what was made of it as a number.
     """
 
     prediction: bool | None
     probability: float | None = None
+    value: float | None = None
     outside: float | None = None
     status: JudgementStatus = "ok"
 
@@ -123,7 +127,7 @@ class LLMJudge(Judge):
     A reply that does not answer for the batch *sent* (the last one may be short) is asked for once more with a
     clarifying message; after that the whole batch is ``unparsed``. Nothing that changes is shared between requests. At
     most as many are under way at once as ``gate`` lets through. With ``probabilities`` each verdict has its P(yes),
-    where the server gives log probabilities.
+    where the server gives log probabilities. ``stage`` is what the requests are for, by default their kind.
     """
 
     def __init__(
@@ -136,12 +140,13 @@ class LLMJudge(Judge):
         gate: asyncio.Semaphore,
         probabilities: bool = False,
         max_tokens: int = MAX_TOKENS,
+        stage: str = "",
     ) -> None:
         if per_request < 1:
             raise InputError(f"a request holds at least one example, got {per_request}")
         self._llm, self._kind, self._table = llm, kind, table
         self._per_request, self._gate, self._probabilities = per_request, gate, probabilities
-        self._max_tokens = max_tokens
+        self._max_tokens, self._stage = max_tokens, stage
 
     def takes(self, explanation: Explanation) -> bool:
         """Any explanation with a text."""
@@ -174,6 +179,7 @@ class LLMJudge(Judge):
             temperature=self._llm.temperature,
             probabilities=self._probabilities,
             max_tokens=self._max_tokens,
+            stage=self._stage,
         )
 
     async def _batch(self, request: LLMRequest, n: int) -> list[Verdict]:
@@ -220,6 +226,7 @@ def judge_request(
     temperature: float,
     probabilities: bool = False,
     max_tokens: int = MAX_TOKENS,
+    stage: str = "",
 ) -> LLMRequest:
     """Return the request that asks whether an explanation fits each item of a batch."""
     return LLMRequest(
@@ -228,7 +235,7 @@ def judge_request(
         max_tokens=max_tokens,
         schema=verdicts_schema(batch.n),
         logprobs=ALTERNATIVES if probabilities else 0,
-        stage=kind,
+        stage=stage or kind,
     )
 
 
@@ -281,6 +288,71 @@ class RuleJudge(Judge):
                 fits[:, at] = (matches | ~marks).all(axis=2) & marks.any(axis=1)
         yes, no = Verdict(prediction=True), Verdict(prediction=False)
         return [[yes if fit else no for fit in row] for row in fits.tolist()]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeOptions:
+    """Who judges, and how it is asked.
+
+    ``judge`` is ``rule`` (the explanation's program, executed), ``llm``, or ``auto``: the language model where there is
+    one, else the rule. ``probabilities`` asks for log probabilities, which only a language model gives. The others are
+    those of ``LLMJudge``. Raises ConfigError for values that do not fit.
+    """
+
+    judge: JudgeChoice = "auto"
+    per_request: int = 5
+    probabilities: bool = False
+    max_tokens: int = MAX_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.judge not in ("auto", "rule", "llm"):
+            raise ConfigError(f"judge is one of auto, rule, llm, got {self.judge!r}")
+        if self.per_request < 1 or self.max_tokens < 1:
+            raise ConfigError(
+                f"per_request and max_tokens are at least 1, got {self.per_request} and {self.max_tokens}"
+            )
+        if self.probabilities and self.judge == "rule":
+            raise ConfigError("an executed rule gives no probabilities; leave out probabilities, or judge with llm")
+        if self.probabilities:
+            object.__setattr__(self, "judge", "llm")
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The options by name."""
+        return asdict(self)
+
+    @property
+    def needs(self) -> set[Need]:
+        """A language model when only that may judge, and its log probabilities for P(yes)."""
+        needed: set[Need] = {"llm"} if self.judge == "llm" else set()
+        return {*needed, "logprobs"} if self.probabilities else needed
+
+    def executes(self, view: LatentView) -> bool:
+        """Say whether the judge of a view's explanation is its own program, executed."""
+        return self.judge == "rule" or (self.judge == "auto" and view.llm is None)
+
+    def choose(
+        self, kind: Kind, explanation: Explanation, view: LatentView, gate: asyncio.Semaphore, stage: str = ""
+    ) -> Judge:
+        """Return the judge of an explanation. Raises InputError when that is a rule, and the explanation has none."""
+        if not self.executes(view):
+            return LLMJudge(
+                view.require_llm(),
+                kind,
+                view.tokens,
+                per_request=self.per_request,
+                gate=gate,
+                probabilities=self.probabilities,
+                max_tokens=self.max_tokens,
+                stage=stage,
+            )
+        if explanation.program is None:
+            raise InputError(
+                f"{view.latent}: an explanation in free text is judged by a language model; give one with --llm "
+                "URL#MODEL, or explain with rules"
+            )
+        return RuleJudge(kind, view.tokens)
 
 
 def _marks(items: Items) -> Array:

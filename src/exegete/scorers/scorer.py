@@ -95,4 +95,4 @@ scorers: Registry[Scorer] = Registry(
 def make_scorer(text: str, config: RunConfig) -> Scorer:
     """Return the scorer that a configuration names, with its settings where the name says nothing else."""
     wanted = {f.name: getattr(config.scoring, f.name) for f in fields(config.scoring)}
-    return scorers.from_text(text, {**wanted, "model": config.scoring.embedder})
+    return scorers.from_text(text, wanted)

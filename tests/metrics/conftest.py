@@ -1,0 +1,8 @@
+"""The simulations of the coverage benchmark can be imported from tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
