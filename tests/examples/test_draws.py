@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import combinations
+from math import comb
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exegete.examples.draws import allocate, draw_places, spread, starts_of
+from exegete.examples.draws import PER_DOCUMENT, allocate, draw_places, draw_spread, spread, starts_of
 from exegete.examples.keys import latent_keys, mixed, nth
-from exegete.types import LatentId
+from exegete.types import Array, LatentId
 
 MASK = 2**64 - 1
 STRATA = st.lists(st.tuples(st.integers(0, MASK), st.integers(0, 60), st.integers(0, 70)), max_size=6)
@@ -131,3 +135,83 @@ def test_allocation_gives_what_is_there_and_no_stratum_two_more_than_another_wit
             assert share.max() <= min(room) + 1
         alone = allocate(np.array([n]), np.array([size], np.int64))
         assert alone[0].tolist() == share.tolist()
+
+
+# -- spread over documents --------------------------------------------------------------------------------------------
+
+HELD = st.lists(
+    st.tuples(st.lists(st.integers(0, 12) | st.integers(0, 400), max_size=7), st.integers(0, 60)), max_size=5
+)
+
+
+def least_cap(sizes: list[int], n: int) -> int:
+    cap = PER_DOCUMENT
+    while sum(min(size, cap) for size in sizes) < n:
+        cap += 1
+    return cap
+
+
+def drawn_spread(keys: Array, cases: list[tuple[list[int], int]]) -> list[list[tuple[int, int, float]]]:
+    """Return document, place and probability of all that are drawn of each stratum."""
+    starts = starts_of([len(sizes) for sizes, _ in cases])
+    whole = np.array([size for sizes, _ in cases for size in sizes], np.int64)
+    document, place, chance = draw_spread(keys, whole, starts, np.array([n for _, n in cases], np.int64))
+    found: list[list[tuple[int, int, float]]] = [[] for _ in cases]
+    for d, p, c in zip(document.tolist(), place.tolist(), chance.tolist(), strict=True):
+        stratum = int(np.searchsorted(starts, d, side="right")) - 1
+        found[stratum].append((d - int(starts[stratum]), p, c))
+    return found
+
+
+@given(HELD, st.integers(0, MASK))
+def test_no_document_gives_more_than_the_least_cap_and_chances_add_up(
+    cases: list[tuple[list[int], int]], seed: int
+) -> None:
+    cases = [(sizes, min(n, sum(sizes))) for sizes, n in cases]
+    keys = nth(np.full(len(cases), seed, np.uint64), np.arange(len(cases)))
+    found = drawn_spread(keys, cases)
+    for number, ((sizes, n), drawn) in enumerate(zip(cases, found, strict=True)):
+        assert len(drawn) == n == len({(d, p) for d, p, _ in drawn})
+        assert drawn == sorted(drawn)
+        assert all(0 <= p < sizes[d] for d, p, _ in drawn)
+        cap = least_cap(sizes, n)
+        chances = [min(m, cap) / m * (n / sum(min(k, cap) for k in sizes)) if m else 0.0 for m in sizes]
+        assert [c for _, _, c in drawn] == [chances[d] for d, _, _ in drawn]
+        assert all(0 < c <= 1 for _, _, c in drawn)
+        assert sum(m * c for m, c in zip(sizes, chances, strict=True)) == pytest.approx(n)
+        if n == sum(sizes):
+            assert all(c == 1 for _, _, c in drawn)  # to the last bit
+        counts = Counter(d for d, _, _ in drawn)
+        assert max(counts.values(), default=0) <= cap
+        if cap > PER_DOCUMENT:  # it rises evenly: all but the last of what the others lack is given by each
+            assert sum(min(m, cap - 1) for m in sizes) < n
+            assert all(chances[d] >= (cap - 1) / m * (n / (n + len(sizes))) for d, m in enumerate(sizes) if m >= cap)
+        assert drawn_spread(keys[number : number + 1], [(sizes, n)]) == [drawn]  # alone as among others
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n", "cap"), [([5, 2, 1], 3, 3), ([6, 4], 2, 3), ([6, 3, 1], 8, 4), ([2, 1, 2], 3, 3), ([5, 0, 4], 6, 3)]
+)
+def test_sets_are_as_likely_as_by_enumeration(sizes: list[int], n: int, cap: int) -> None:
+    """Every document keeps a random set, and of all kept a random set is drawn: all outcomes, one by one."""
+    assert least_cap(sizes, n) == cap
+    kept: list[tuple[tuple[int, int], ...]] = [()]
+    for document, size in enumerate(sizes):
+        own = [tuple((document, i) for i in some) for some in combinations(range(size), min(size, cap))]
+        kept = [(*others, *some) for others in kept for some in own]
+    exact: Counter[tuple[tuple[int, int], ...]] = Counter()
+    for units in kept:
+        for some in combinations(units, n):
+            exact[some] += 1 / len(kept) / comb(len(units), n)  # type: ignore[assignment]
+    m = 30_000
+    keys = nth(np.full(m, 7, np.uint64), np.arange(m))
+    found = drawn_spread(keys, [(sizes, n)] * m)
+    seen = Counter(tuple((d, p) for d, p, _ in drawn) for drawn in found)
+    assert set(seen) <= set(exact)
+    misfit = sum((seen[some] - m * share) ** 2 / (m * share) for some, share in exact.items())
+    freedom = len(exact) - 1
+    assert misfit < freedom + 5 * (2 * freedom) ** 0.5 + 12  # chi-squared
+    chances = {(d, p): c for drawn in found for d, p, c in drawn}
+    for unit, chance in chances.items():
+        assert chance == pytest.approx(sum(share for some, share in exact.items() if unit in some))
+    assert len(chances) == sum(sizes)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from exegete.examples.clusters import Clusters, Units, clusters, units
-from exegete.examples.draws import allocate, draw_places, starts_of
+from exegete.examples.draws import PER_DOCUMENT, allocate, starts_of
 from exegete.examples.fired import Fired, Recorded, gathered
 from exegete.examples.keys import mixed, nth
-from exegete.examples.negatives import draw_silent
+from exegete.examples.negatives import draw_silent, homes
 from exegete.examples.windows import Frame, frame, lookup
 from exegete.types import Array, Rows
 
@@ -42,49 +44,125 @@ FRAMES = st.lists(st.booleans(), min_size=WIDTH, max_size=WIDTH).flatmap(
 ALONE = st.sets(st.integers(0, WIDTH - 1), min_size=1).map(lambda s: (list(range(len(s))), sorted(s)))
 
 
-@given(FRAMES | ALONE, CASES, st.integers(1, 9), st.integers(0, 99), st.booleans())
+DOCUMENTS = st.lists(st.integers(0, 4) | st.integers(0, 30), min_size=WIDTH, max_size=WIDTH)
+
+
+@given(
+    FRAMES | ALONE, CASES, st.integers(1, 9), st.integers(0, 99), st.booleans(), st.none() | DOCUMENTS, st.booleans()
+)
 def test_silent_windows_are_those_told_slowly(
-    shape: tuple[list[int], list[int]], cases: list[tuple[set[int], ...]], n: int, seed: int, rest: bool
+    shape: tuple[list[int], list[int]],
+    cases: list[tuple[set[int], ...]],
+    n: int,
+    seed: int,
+    rest: bool,
+    document: list[int] | None,
+    ascending: bool,
 ) -> None:
+    """Which units there are of each kind, what stands for them in which document, and what chance each had."""
     known, mine = clustered(*shape), set(shape[1])
     touched = [case[0] & mine for case in cases]
     barred = [(case[0] | case[1]) & mine for case in cases]
     kinds = [[case[i] & mine for case in cases] for i in (2, 3)]
     own = keys(len(cases), seed)
+    if document is not None and ascending:
+        document = sorted(document)
 
     def coded(sets: list[set[int]]) -> Array:
         return np.array([i * WIDTH + w for i, s in enumerate(sets) for w in sorted(s)], np.int64)
 
-    found = draw_silent(coded(touched), coded(barred), [*map(coded, kinds), *([None] * rest)], known, n, own)
-    assert (np.diff(found.latent) >= 0).all()
-    for latent in range(len(cases)):
-        members = [known.members[a:b].tolist() for a, b in zip(known.offsets, known.offsets[1:], strict=False)]
+    def drawn_for(which: list[int]) -> list[list[Any]]:
+        """Return the columns of each of these latents."""
+        where = None if document is None else homes(known, np.array(document))
+        told = [coded([sets[i] for i in which]) for sets in (touched, barred, *kinds)]
+        found = draw_silent(told[0], told[1], [*told[2:], *([None] * rest)], known, n, own[which], where)
+        assert (np.diff(found.latent) >= 0).all()
+        columns = (found.kind, found.window, found.multiplicity, found.probability)
+        units = [list(zip(*(c[found.latent == i].tolist() for c in columns), strict=True)) for i in range(len(which))]
+        return [list(parts) for parts in zip(units, found.sizes.tolist(), found.unused.tolist(), strict=True)]
+
+    together = drawn_for(list(range(len(cases))))
+    assert drawn_for(list(range(len(cases)))[::-1]) == together[::-1]
+    members = [known.members[a:b].tolist() for a, b in pairwise(known.offsets)]
+    for latent, (units, sizes, unused) in enumerate(together):
+        assert drawn_for([latent]) == [[units, sizes, unused]]
         free = [[w for w in cluster if w not in barred[latent]] for cluster in members]
-        of: list[list[int]] = [[] for _ in range(2 + rest)]
+        of: list[dict[int, int]] = [{} for _ in range(2 + rest)]  # for each kind: window that stands → how many
         for cluster, windows in enumerate(free):
             fitting = [k for k in range(2) if set(windows) & kinds[k][latent]]
             kind = fitting[0] if fitting else 2
             if windows and kind < len(of):
-                of[kind].append(cluster)
-        sizes = np.array([[len(c) for c in of]])
-        assert found.sizes[latent].tolist() == sizes[0].tolist()
+                bits = nth(nth(own[latent : latent + 1], np.array([2 + rest])), np.array([cluster]))
+                of[kind][windows[int(bits[0]) % len(windows)]] = len(windows)
+        assert sizes == [len(c) for c in of]
         silent = sum(any(w not in touched[latent] for w in cluster) for cluster in members)
-        assert found.unused[latent] == silent - sizes.sum()
-        shares = allocate(np.array([n]), sizes)[0]
-        expected = []
-        for kind, candidates in enumerate(of):
-            key = nth(own[latent : latent + 1], np.array([kind]))
-            for place in draw_places(key, sizes[0, kind : kind + 1], shares[kind : kind + 1])[1].tolist():
-                cluster = candidates[place]
-                key_ = nth(nth(own[latent : latent + 1], np.array([2 + rest])), np.array([cluster]))
-                window = free[cluster][int(key_[0]) % len(free[cluster])]
-                expected.append((kind, window, len(free[cluster]), shares[kind] / sizes[0, kind]))
-        at = np.flatnonzero(found.latent == latent)
-        columns = (found.kind, found.window, found.multiplicity, found.probability)
-        assert list(zip(*(c[at].tolist() for c in columns), strict=True)) == expected
-        drawn = found.window[at].tolist()
-        assert len(drawn) == len(set(drawn)) == min(n, int(sizes.sum()))
+        assert unused == silent - sum(sizes)
+        shares = allocate(np.array([n]), np.array([sizes]))[0].tolist()
+        assert [kind for kind, *_ in units] == [kind for kind, share in enumerate(shares) for _ in range(share)]
+        drawn = [window for _, window, _, _ in units]
+        assert len(drawn) == len(set(drawn)) == min(n, sum(sizes))
         assert not set(drawn) & barred[latent]  # peer's defect: negatives are drawn with replacement
+        for kind, share in enumerate(shares):
+            lies = Counter(0 if document is None else document[w] for w in of[kind])
+            cap = len(of[kind]) if document is None else PER_DOCUMENT
+            while sum(min(m, cap) for m in lies.values()) < share:
+                cap += 1
+            kept = sum(min(m, cap) for m in lies.values())
+            taken: Counter[int] = Counter()
+            for _, window, multiplicity, probability in (unit for unit in units if unit[0] == kind):
+                home = 0 if document is None else document[window]
+                taken[home] += 1
+                assert multiplicity == of[kind][window]
+                assert probability == pytest.approx(min(lies[home], cap) / lies[home] * share / kept)
+                assert 0 < probability <= 1
+            assert max(taken.values(), default=0) <= cap
+
+
+@pytest.mark.parametrize("shape", ["ascending", "mixed", "clustered", "wandering"])
+@pytest.mark.parametrize("kinds", [0, 1])
+@pytest.mark.parametrize("n", [4, 9])
+def test_every_silent_window_is_drawn_as_often_as_its_chance_says(shape: str, kinds: int, n: int) -> None:
+    """On a tiny frame, over many latents with other keys: reweighted counts of each window are 1 on average."""
+    document = np.array([0] * 8 + [1] * 4 + [2, 2, 3] + [0] * 5)
+    heads = {"clustered": [0, 0, 2, 3, 4, 5, 6, 6], "wandering": [0, 1, 2, 3, 4, 5, 6, 7, 0, 9, 10, 1, 12, 2, 2]}
+    head = heads.get(shape, [])
+    known = clustered([*head, *range(len(head), 15)], list(range(15)))
+    if shape == "mixed":
+        document = document[np.random.default_rng(0).permutation(15)]
+    m, touched = 8000, np.array([3, 8, 14])
+
+    def coded(windows: Array | list[int]) -> Array:
+        return (np.arange(m)[:, None] * WIDTH + windows).reshape(-1)
+
+    asked = [coded([0, 4, 5, 6, 9, 12])][:kinds]
+    found = draw_silent(
+        coded(touched), coded(touched), [*asked, None], known, n, keys(m), homes(known, document[:WIDTH])
+    )
+    assert (np.bincount(found.latent) == n).all()
+    weights = found.multiplicity / found.probability
+    for window in range(15):
+        if window in touched:
+            assert window not in found.window
+            continue
+        sums = np.bincount(found.latent[found.window == window], weights[found.window == window], minlength=m)
+        assert abs(sums.mean() - 1) < 4.5 * sums.std() / m**0.5 + 1e-9, window
+    if shape in ("ascending", "mixed"):  # nothing of a unit is left to chance but whether it is drawn
+        for window in set(found.window.tolist()):
+            chance = set(found.probability[found.window == window].tolist())
+            assert len(chance) == 1
+            assert abs((found.window == window).sum() / m - min(chance)) < 4.5 * (0.25 / m) ** 0.5
+
+
+def test_where_no_document_is_large_nothing_is_spread() -> None:
+    known = clustered(list(range(WIDTH)), list(range(WIDTH)))
+    small = homes(known, np.arange(WIDTH) // PER_DOCUMENT * 7)
+    assert (small.n, small.document.tolist()) == (1, [0] * WIDTH)
+    large = homes(known, np.array([9] * 4 + [7] * 16))
+    assert (large.n, large.document.tolist()) == (2, [1] * 4 + [0] * 16)
+    assert large.starts.tolist() == [0, 16, 20]
+    assert large.settled.tolist() == [*range(4, 20), *range(4)]
+    known = clustered([0, 1, 2, 3, 0, 1], [2, 3, 5, 8, 13, 4])
+    assert homes(known, np.arange(WIDTH) // 6).wandering.tolist() == [0]
 
 
 def test_every_silent_window_has_the_same_chance() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from exegete.errors import NotFoundError
 from exegete.examples.diverse import CANDIDATES, candidates, farthest_first
-from exegete.examples.draws import allocate, starts_of
+from exegete.examples.draws import PER_DOCUMENT, allocate, starts_of
 from exegete.examples.keys import nth
 from exegete.examples.select import PARTS, Draw, deciles, draw, inclusion, rank, systematic
 from exegete.types import STRATA, Array
@@ -277,6 +278,92 @@ def test_a_single_window_is_taken_for_certain(strategy: Any) -> None:
     drawn = one(maxima(1), 5, strategy)
     assert (drawn.chosen.tolist(), drawn.probability.tolist()) == ([0], [1.0])
     assert rank_deciles(1).tolist() == [0]
+
+
+# -- spread over documents --------------------------------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from(STRATEGIES),
+    st.lists(st.integers(0, 80), min_size=1, max_size=4),
+    st.integers(0, 80),
+    st.integers(1, 9),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_what_is_drawn_of_a_part_is_spread_over_documents(
+    strategy: Any, totals: list[int], n: int, documents: int, ascending: bool, seed: int
+) -> None:
+    offsets, own = starts_of(totals), keys(len(totals), seed)
+    values = rng(seed).permutation(offsets[-1]).astype(np.float32) + 1
+    held = (rng(seed).random(offsets[-1]) ** 3 * documents).astype(np.int32)
+    if ascending:
+        held = np.concatenate([np.sort(held[a:b]) for a, b in pairwise(offsets)])
+    ranked = rank(values, np.arange(offsets[-1]), offsets, own)
+    drawn, bare = draw(ranked, n, strategy, held), draw(ranked, n, strategy)
+    assert drawn.latent.tolist() == bare.latent.tolist()
+    assert (drawn.stratum == bare.stratum).all() or strategy in ("quantiles", "bins")
+    if strategy in ("top", "mix", "importance"):
+        assert drawn.chosen.tolist() == bare.chosen.tolist()
+        assert drawn.probability.tolist() == bare.probability.tolist()
+        return
+    for latent, total in enumerate(totals):
+        mine = np.flatnonzero(drawn.latent == latent)
+        chosen, wanted = drawn.chosen[mine], min(n, total)
+        assert len(set(chosen.tolist())) == len(chosen) == wanted
+        places = np.argsort(np.argsort(-values[offsets[latent] : offsets[latent + 1]]))
+        parts = 1 if strategy == "random" else max(min(wanted, PARTS), 1)
+        strongest = values[offsets[latent] : offsets[latent + 1]].max(initial=1)
+        part = np.array(
+            [
+                parts - math.ceil(values[offsets[latent] + i] * parts / strongest) if strategy == "bins"
+                else places[i] * parts // total
+                for i in range(total)
+            ],
+            np.int64,
+        )  # fmt: skip
+        sizes = np.bincount(part, minlength=PARTS)[None, :]
+        given_ = allocate(np.array([wanted]), sizes)[0]
+        documents_of = held[offsets[latent] : offsets[latent + 1]]
+        for h in range(parts):
+            inside = chosen[part[chosen - offsets[latent]] == h]
+            assert len(inside) == given_[h]
+            counts = np.bincount(documents_of[part == h], minlength=documents)
+            cap = PER_DOCUMENT
+            while np.minimum(counts, cap).sum() < given_[h]:
+                cap += 1
+            kept = np.minimum(counts, cap)
+            assert np.bincount(held[inside], minlength=1).max() <= cap
+            for unit in inside.tolist():
+                chance = drawn.probability[mine[chosen == unit]][0]
+                m = counts[held[unit]]
+                assert chance == pytest.approx(min(m, cap) / m * given_[h] / kept.sum())
+                assert 0 < chance <= 1
+        order = part[chosen - offsets[latent]] * total + places[chosen - offsets[latent]]
+        assert (np.diff(order) > 0).all()  # strongest first within each part
+
+
+@pytest.mark.parametrize("strategy", ["random", "quantiles", "bins"])
+@pytest.mark.parametrize(("n", "documents"), [(12, 12), (24, 12), (24, 3), (7, 5)])
+def test_inclusion_probabilities_are_exact_where_documents_are_large(strategy: Any, n: int, documents: int) -> None:
+    """One document holds two thirds of all; taken frequencies are the probabilities, and sums are unbiased."""
+    total, m = 60, 3000
+    held = np.where(np.arange(total) % 3 == 0, np.arange(total) // 3 % documents, 0)
+    values = maxima(total, seed=1)
+    ranked = rank(np.tile(values, m), np.tile(np.arange(total), m), np.arange(m + 1) * total, keys(m, n))
+    drawn = draw(ranked, n, strategy, np.tile(held, m))
+    unit = drawn.chosen % total
+    chance = np.zeros(total)
+    chance[unit] = drawn.probability
+    assert (chance > 0).all()
+    assert chance.sum() == pytest.approx(n)
+    taken = np.bincount(unit, minlength=total) / m
+    assert (abs(taken - chance) < 4.5 * np.sqrt(chance * (1 - chance) / m) + 1e-9).all()
+    if strategy == "random":
+        assert chance[held == 0].sum() < n * (held == 0).mean()  # fewer of the large document than its share
+    for function in (values, held * 1.0 + 1, np.ones(total)):
+        sums = np.bincount(drawn.latent, function[unit] / drawn.probability, minlength=m)
+        assert abs(sums.mean() - function.sum()) < 4.5 * sums.std() / m**0.5 + 1e-6
 
 
 # -- diverse ----------------------------------------------------------------------------------------------------------

@@ -63,11 +63,12 @@ def select_many(
     All windows come from the frame; only train windows are centred on firings when ``config.centred`` asks for it.
     Firing train windows are drawn by ``config.strategy``, strongest first in the set; firing test windows by
     ``config.test_strategy``; silent test windows in equal parts from the kinds of ``config.negatives``, of which each
-    but ``random`` needs its proxy. Of one document no more than PER_DOCUMENT test windows are drawn in a stratum while
-    others have enough (not by ``importance``, and train windows are not spread so). Test windows stand in random order. A window fires when any position of it has a
-    positive value; one that holds none but values of 0 or below is neither firing nor silent. Of near-duplicate windows
-    one, drawn at random, stands for all. The draws of a latent depend on the seed and its name alone. ``coder`` is the
-    name in the latents' ids, by default the store's.
+    but ``random`` needs its proxy. Of one document no more than PER_DOCUMENT (3) test windows are drawn in a stratum
+    while the others have enough; ``importance`` keeps its own probabilities instead, and train windows are not spread
+    over documents. Test windows stand in random order. A window fires when any position of it has a positive value;
+    one that holds none but values of 0 or below is neither firing nor silent. Of near-duplicate windows one, drawn at
+    random, stands for all. The draws of a latent depend on the seed and its name alone. ``coder`` is the name in the
+    latents' ids, by default the store's.
 
     Raises InputError when a split has no window, as the rows are shorter, or a kind of negatives no proxy.
     """

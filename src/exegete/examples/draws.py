@@ -84,10 +84,14 @@ def draw_spread(keys: Array, sizes: Array, starts: Array, wanted: Array) -> tupl
     stratum, slot = draw_places(keys, held, wanted)
     document = np.searchsorted(ends, ends[starts[stratum]] + slot, side="right") - 1
     first = np.flatnonzero(np.diff(document, prepend=-1))
-    stratum, document, counts = stratum[first], document[first], np.diff(first, append=len(document))
-    which, place = draw_places(nth(mixed(~keys[stratum]), document - starts[stratum]), sizes[document], counts)
-    stratum, document = stratum[which], document[which]
-    return document, place, kept[document] / sizes[document] * (wanted[stratum] / held[stratum])
+    counts = np.diff(first, append=len(document))
+    own = nth(mixed(~keys[stratum[first]]), document[first] - starts[stratum[first]])
+    place = np.repeat((mixed(own) % sizes[document[first]].astype(np.uint64)).astype(np.int64), counts)
+    several = np.flatnonzero(counts > 1)
+    if len(several):
+        found = draw_places(own[several], sizes[document[first[several]]], counts[several])[1]
+        place[np.repeat(counts > 1, counts)] = found
+    return document, place, kept[document] / sizes[document] * (wanted / np.maximum(held, 1))[stratum]
 
 
 def _caps(sizes: Array, stratum: Array, wanted: Array) -> Array:

@@ -47,14 +47,15 @@ class Homes:
 
     ``document`` [windows of the frame] int64 is that of each window, 0 for those of other splits; ``n`` how many there
     are. ``settled`` are the clusters that lie in one document, document by document, of which each begins at one of
-    ``starts`` [n + 1]; ``place`` [clusters] is each one's place among them, −1 for those that lie in several documents,
-    which are ``wandering``.
+    ``starts`` [n + 1]; ``home`` are these documents. ``place`` [clusters] is each one's place among them, −1 for those
+    that lie in several documents, which are ``wandering``.
     """
 
     document: Array
     n: int
     settled: Array
     starts: Array
+    home: Array
     place: Array
     wandering: Array
 
@@ -87,6 +88,7 @@ def homes(known: Clusters, document: Array | None) -> Homes:
         n=n,
         settled=settled,
         starts=starts_of(np.bincount(home[settled], minlength=n)),
+        home=home[settled],
         place=place,
         wandering=np.flatnonzero(apart),
     )
@@ -99,7 +101,7 @@ def draw_silent(
     known: Clusters,
     n: int,
     keys: Array,
-    lying: Homes | None = None,
+    where: Homes | None = None,
 ) -> Silent:
     """Draw n silent windows for each of m latents, in equal parts from ``kinds``, without replacement.
 
@@ -108,10 +110,10 @@ def draw_silent(
     are touched), ``kinds`` the windows of each kind: the first that claims a unit has it, and the last may be None,
     for all others.
     ``keys`` [m] uint64 decide the draws. What one kind lacks the others make up for. The window that stands for a unit
-    is decided first; those drawn of a kind are then spread over documents, by ``lying`` (``draw_spread``).
+    is decided first; those drawn of a kind are then spread over documents, by ``where`` (``draw_spread``).
     """
     m, width, count = len(keys), len(known.number), len(known)
-    lying = homes(known, None) if lying is None else lying
+    where = homes(known, None) if where is None else where
     claimed, owned = _full(barred, known, width), []
     for windows in kinds:
         found = _NONE if windows is None else _clusters_of(_without(windows, barred), known, width)
@@ -126,9 +128,9 @@ def draw_silent(
     for kind, codes in enumerate(owned):
         own = nth(keys, np.full(m, kind))
         if kinds[kind] is None:
-            part = _drawn_of_rest(claimed, given[:, kind], lying, standing, own)
+            part = _drawn_of_rest(claimed, given[:, kind], where, standing, own)
         else:
-            part = _drawn_of(codes, given[:, kind], lying, standing, own)
+            part = _drawn_of(codes, given[:, kind], where, standing, own)
         parts.append((*part, np.full(len(part[0]), kind)))
     latent, cluster, probability, kind_of = (np.concatenate([part[i] for part in parts]) for i in range(4))
     order = np.lexsort((cluster, kind_of, latent))
@@ -145,47 +147,57 @@ def draw_silent(
     )
 
 
-def _drawn_of(codes: Array, given: Array, lying: Homes, standing: _Standing, keys: Array) -> tuple[Array, Array, Array]:
+def _drawn_of(codes: Array, given: Array, where: Homes, standing: _Standing, keys: Array) -> tuple[Array, Array, Array]:
     """Draw ``given`` [m] of the clusters of each latent, latent * clusters + cluster, ascending.
 
     Returns latents, clusters and probabilities.
     """
-    m, count = len(keys), len(lying.place)
+    m, count = len(keys), len(where.place)
     latent, cluster = np.divmod(codes, count)
-    home = latent * lying.n + lying.document[standing.of(latent, cluster)[0]]
-    if (np.diff(home) < 0).any():
+    home = latent * where.n + where.document[standing.of(latent, cluster)[0]]
+    if (home[1:] < home[:-1]).any():
         order = np.argsort(home, kind="stable")
         home, cluster = home[order], cluster[order]
     begin = np.flatnonzero(np.diff(home, prepend=-1))
-    starts = np.searchsorted(home[begin], np.arange(m + 1) * lying.n)
+    starts = np.searchsorted(home[begin], np.arange(m + 1) * where.n)
     group, place, chance = draw_spread(keys, np.diff(begin, append=len(home)), starts, given)
     at = begin[group] + place
-    return home[at] // lying.n, cluster[at], chance
+    return home[at] // where.n, cluster[at], chance
 
 
 def _drawn_of_rest(
-    claimed: Array, given: Array, lying: Homes, standing: _Standing, keys: Array
+    claimed: Array, given: Array, where: Homes, standing: _Standing, keys: Array
 ) -> tuple[Array, Array, Array]:
     """Draw ``given`` [m] of the clusters of each latent that are not ``claimed``, as ``_drawn_of`` does."""
-    m, count, n, held = len(keys), len(lying.place), lying.n, len(lying.settled)
-    taken = lying.place[claimed % count]
-    taken = np.sort((claimed // count * held + taken)[taken >= 0])
-    of_taken, place_taken = np.divmod(taken, max(held, 1))
-    home = np.searchsorted(lying.starts, place_taken, side="right") - 1
-    settled = np.diff(lying.starts) - np.bincount(of_taken * n + home, minlength=m * n).reshape(m, n)
-    free = _without((np.arange(m)[:, None] * count + lying.wandering).reshape(-1), claimed)
-    latent, wandering = np.divmod(free, count)
-    home = latent * n + lying.document[standing.of(latent, wandering)[0]]
-    wandering = wandering[np.argsort(home, kind="stable")]
-    others = np.bincount(home, minlength=m * n)
-    group, place, chance = draw_spread(keys, settled.reshape(-1) + others, np.arange(m + 1) * n, given)
+    m, count, n, held = len(keys), len(where.place), where.n, len(where.settled)
+    owner = claimed // count
+    taken = where.place[claimed - owner * count]
+    if len(where.wandering):
+        owner, taken = owner[taken >= 0], taken[taken >= 0]
+    codes = owner * held + taken
+    if (codes[1:] < codes[:-1]).any():
+        codes.sort()
+        owner, taken = np.divmod(codes, held)
+    counts = np.bincount(owner * n + where.home[taken], minlength=m * n).reshape(m, n)
+    settled = (np.diff(where.starts) - counts).reshape(-1)
+    free = _without((np.arange(m)[:, None] * count + where.wandering).reshape(-1), claimed)
+    wanderer, wandering = np.divmod(free, count)
+    home = wanderer * n + where.document[standing.of(wanderer, wandering)[0]]
+    others = starts_of(np.bincount(home, minlength=m * n)) if len(home) else None
+    sizes = settled if others is None else settled + np.diff(others)
+    group, place, chance = draw_spread(keys, sizes, np.arange(m + 1) * n, given)
     latent, document = np.divmod(group, n)
-    extra = place - settled.reshape(-1)[group]  # from 0 on: of the wandering ones that came to the document
-    before = (np.cumsum(settled, axis=1) - settled).reshape(-1)[group]
-    cluster = np.zeros(len(group), np.int64)
+    # A document's free settled clusters come first, then the wandering ones that came to it.
+    begin = where.starts[document]
+    firsts = starts_of(np.bincount(owner, minlength=m))
+    before = begin - (np.searchsorted(codes, latent * held + begin) - firsts[latent])
+    extra = place - settled[group]
     own = extra < 0
-    cluster[own] = lying.settled[_nth_free(taken, latent[own], (before + place)[own], m, held)]
-    cluster[~own] = wandering[starts_of(others)[group[~own]] + extra[~own]]
+    cluster = np.zeros(len(group), np.int64)
+    cluster[own] = where.settled[_nth_free(owner, taken, firsts, latent[own], (before + place)[own], held)]
+    if others is not None:
+        by_home = wandering[np.argsort(home, kind="stable")]
+        cluster[~own] = by_home[others[group[~own]] + extra[~own]]
     return latent, cluster, chance
 
 
@@ -234,14 +246,15 @@ def _united(one: Array, other: Array) -> Array:
     return np.sort(np.concatenate([one, other])) if len(other) else one
 
 
-def _nth_free(taken: Array, latent: Array, place: Array, m: int, count: int) -> Array:
-    """Return the cluster at this place among those that are not ``taken`` from the latent."""
-    owner, cluster = np.divmod(taken, count)
-    starts = starts_of(np.bincount(owner, minlength=m))
-    # The k-th free cluster is k plus the number of taken clusters before it.
-    free_before = cluster - (np.arange(len(taken)) - starts[owner])
+def _nth_free(owner: Array, taken: Array, firsts: Array, latent: Array, place: Array, count: int) -> Array:
+    """Return which of ``count`` is at this place among those that are not ``taken`` from the latent.
+
+    Those of each ``owner`` are ascending and begin at ``firsts``.
+    """
+    # The k-th free one is k plus the number of taken ones before it.
+    free_before = taken - (np.arange(len(taken)) - firsts[owner])
     before = np.searchsorted(owner * (count + 1) + free_before, latent * (count + 1) + place, side="right")
-    free: Array = place + before - starts[latent]
+    free: Array = place + before - firsts[latent]
     return free
 
 
@@ -251,8 +264,11 @@ class _Standing:
 
     def __init__(self, barred: Array, known: Clusters, keys: Array) -> None:
         self._barred, self._known, self._keys = barred, known, keys
-        # Clusters of which some windows are barred, as latent * clusters + cluster.
-        self._partly = _NONE if known.single else np.unique(_coded(barred, known, len(known.number)))
+        # Clusters of several windows of which some are barred, as latent * clusters + cluster.
+        self._partly = _NONE
+        if not known.single:
+            codes = _coded(barred, known, len(known.number))
+            self._partly = np.unique(codes[(np.diff(known.offsets) > 1)[codes % len(known)]])
 
     def of(self, latent: Array, cluster: Array) -> tuple[Array, Array]:
         """Return the window of each cluster, and how many it stands for; of none are all windows barred."""

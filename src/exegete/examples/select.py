@@ -83,10 +83,11 @@ def rank(maxima: Array, windows: Array, offsets: Array, keys: Array) -> Ranked:
 def draw(ranked: Ranked, n: int, strategy: Strategy, document: Array | None = None) -> Draw:
     """Draw ``n`` of each latent's windows, or all when there are no more.
 
-    With ``document`` [windows], the documents they lie in, those drawn of one part of the strategy are spread over
-    documents (``draw_spread``) by ``random``, ``quantiles``, ``bins`` and ``mix``: the probabilities n / N below are
-    those of a window of an average document then. ``top`` takes what is strongest wherever it lies, and ``importance``
-    keeps its probabilities as they are: they are proportional to maxima, and no document has a share of them.
+    With ``document`` [windows] (int, at least 0), the documents they lie in, ``random``, ``quantiles`` and ``bins``
+    spread those drawn of one part over documents (``draw_spread``); a window's probability is then not n / N but
+    min(m, c) / m · n / N', where m of the part's windows lie in its document. ``importance`` keeps its own draw, with
+    probabilities proportional to the maxima whatever the document, and so do ``top`` and ``mix``, which are no samples
+    to judge by.
 
     ``top`` takes the strongest, with probability 1: it is no draw, and says nothing about the other windows.
     ``random`` takes each window with probability n / N. ``quantiles`` takes equal parts of the ten rank deciles and
@@ -108,8 +109,7 @@ def draw(ranked: Ranked, n: int, strategy: Strategy, document: Array | None = No
         return _parts(ranked, _bins(ranked, wanted), _BIN, document)
     if strategy == "mix":
         half = (wanted + 1) // 2
-        rest = _parts(ranked, _quantiles(ranked, wanted - half, half), _DECILE, document)
-        return _merged(_first(ranked, half), rest)
+        return _merged(_first(ranked, half), _parts(ranked, _quantiles(ranked, wanted - half, half), _DECILE, None))
     if strategy == "importance":
         return _importance(ranked, n)
     raise unknown("strategy", strategy, _KNOWN)
@@ -218,7 +218,7 @@ def _parts(ranked: Ranked, among: _Parts, label: int, document: Array | None) ->
         which, place = draw_places(keys, sizes, given)
         chance = (given / np.maximum(sizes, 1))[which]
     else:
-        which, place, chance = _spread(keys, sizes, given, firsts, document[ranked.order])
+        which, place, chance = _spread(keys, sizes, given, ranked.order, document)
     latent, at = which // parts, firsts[which] + place
     ranks = before.reshape(-1)[which] + place
     stratum = np.full(len(at), label)
@@ -229,24 +229,32 @@ def _parts(ranked: Ranked, among: _Parts, label: int, document: Array | None) ->
     return Draw(latent=latent, chosen=ranked.order[at], stratum=stratum, probability=chance)
 
 
-def _spread(keys: Array, sizes: Array, given: Array, firsts: Array, document: Array) -> tuple[Array, Array, Array]:
-    """Draw from ranges of places, which begin at ``firsts``, spread over the ``document`` at each place.
+def _spread(keys: Array, sizes: Array, given: Array, order: Array, document: Array) -> tuple[Array, Array, Array]:
+    """Draw from ranges of all ranks, which follow one another, spread over documents; ``order`` is as in Ranked.
 
     Returns range, place in it and probability, by range and then place.
     """
-    which, place = spread(sizes)
-    # Range, document and place in one number: 10 bits, as many as there are documents, and as many as there are places.
-    bits = np.uint64(len(which).bit_length())
-    code = which * (int(document.max(initial=0)) + 1) + document[firsts[which] + place]
-    packed = code.astype(np.uint64) << bits | np.arange(len(which), dtype=np.uint64)
-    packed.sort()
-    begin = np.flatnonzero(np.diff((packed >> bits).astype(np.int64), prepend=-1))
-    starts = np.searchsorted(begin, starts_of(sizes))
-    group, among, chance = draw_spread(keys, np.diff(begin, append=len(which)), starts, given)
-    at = (packed[begin[group] + among] & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
-    order = np.argsort(at)
-    at = at[order]
-    return which[at], place[at], chance[order]
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order))
+    which = np.repeat(np.arange(len(sizes), dtype=np.min_scalar_type(len(sizes))), sizes)
+    own = which[ranks]
+    # Windows lie latent by latent, and mostly document by document, as the text does; few ranges sort in linear time.
+    grouped = np.argsort(own, kind="stable")
+    own, lies = own[grouped], document[grouped]
+    begins = np.ones(len(own), bool)
+    np.logical_or(own[1:] != own[:-1], lies[1:] != lies[:-1], out=begins[1:])
+    if ((lies[1:] < lies[:-1]) & (own[1:] == own[:-1])).any():
+        again = np.lexsort((lies, own))
+        grouped, own, lies = grouped[again], own[again], lies[again]
+        np.logical_or(own[1:] != own[:-1], lies[1:] != lies[:-1], out=begins[1:])
+    begin = np.flatnonzero(begins)
+    bounds = starts_of(sizes)
+    group, nth_of, chance = draw_spread(keys, np.diff(begin, append=len(own)), np.searchsorted(begin, bounds), given)
+    at = ranks[grouped[begin[group] + nth_of]]
+    taken = np.argsort(at)
+    at = at[taken]
+    drawn = which[at].astype(np.int64)
+    return drawn, at - bounds[drawn], chance[taken]
 
 
 def _importance(ranked: Ranked, n: int) -> Draw:
