@@ -71,7 +71,9 @@ def test_all_kinds_divide_the_silent_windows_and_the_judged_ones_carry_theirs(ru
         for name, size in sizes.items():
             drawn = [e for e in silent if e.stratum == name]
             assert len(drawn) <= size
-            assert all(e.inclusion_probability == pytest.approx(len(drawn) / size) for e in drawn)
+            assert all(0.0 < e.inclusion_probability <= 1.0 for e in drawn)
+            # Windows of documents that hold few are likelier than the rest: no document gives more than three.
+            assert not drawn or max(e.inclusion_probability for e in drawn) >= len(drawn) / size - 1e-9
     examples = dataclasses.replace(run.config.examples, negatives=("random",))
     alone = dataclasses.replace(run.config, examples=examples)
     for chosen in sets:
@@ -221,9 +223,10 @@ def judge(request: Any) -> str:
 
 
 def test_before_scoring_report_and_plan_do_with_random_windows_and_after_it_the_judged_ones_are_exported(
-    toy_folder: Path, tmp_path: Path
+    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(toy_folder, explainer="default")
+    monkeypatch.setattr(ScriptedClient, "simulated", False)  # stands for a server, whose judgements are exported
     llm = ScriptedClient(judge)
     with Pipeline(settings, tmp_path / "run") as pipeline:
         pipeline.collect(prepare(settings))

@@ -13,13 +13,13 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from exegete.errors import BusyError, CorruptError, InputError, NotFoundError
 from exegete.files import fault_point
-from exegete.results_columns import ScoreColumn, only_plumbing, score_column
+from exegete.results_columns import ScoreColumn, latest_first, newest_key, only_plumbing, score_column
 from exegete.results_connection import close, connect, marks, where_of
 from exegete.results_packing import JudgementColumns, pack, unpack, unpack_columns
 from exegete.results_rows import (
@@ -361,8 +361,8 @@ class Results:
     ) -> ScoreColumn:
         """Return one metric of a coder as arrays; ``explainer`` is the key of the explaining stage, None for any.
 
-        When a latent was scored more than once, the latest counts. ``plumbing`` takes only scores that are plumbing
-        checks, or only those that are none.
+        When the explanations of a stage were scored more than once, by another judge or with other settings, what was
+        scored last counts, alone. ``plumbing`` takes only scores that are plumbing checks, or only those that are none.
         """
         return score_column(
             self._database, coder, scorer, metric, control=control, explainer=explainer, plumbing=plumbing
@@ -378,32 +378,40 @@ class Results:
         sql = "SELECT scorer, metric, min(id) FROM scores WHERE control = 'none' GROUP BY scorer ORDER BY min(id)"
         return [(scorer, metric) for scorer, metric, _ in self._database.execute(sql)]
 
-    def judge(self, coder: str, scorer: str, explainer: str) -> str | None:
-        """Return who judged the explanations of a stage for a scorer last: a model's name, or ``rule``."""
-        sql = (
-            "SELECT key FROM scores WHERE coder = ? AND scorer = ? AND explanation IN "
-            "(SELECT id FROM explanations WHERE key = ? AND coder = ?) ORDER BY id DESC LIMIT 1"
-        )
-        row = self._database.execute(sql, (coder, scorer, explainer, coder)).fetchone()
-        spec = None if row is None else self.stages().get(row[0], ("", {}))[1]
-        return None if not spec else spec.get("judge")
+    def scored_with(
+        self, coder: str, scorer: str, explainer: str, *, plumbing: bool | None = None
+    ) -> Mapping[str, Any]:
+        """Return the options that a scorer last scored the explanations of a stage with; empty where they are not known.
+
+        ``plumbing`` is as for ``score_column``.
+        """
+        key = newest_key(self._database, coder, scorer, explainer, plumbing)
+        spec = None if key is None else self.stages().get(key, ("", {}))[1]
+        return spec if isinstance(spec, Mapping) else {}
 
     def judgements(self, explanation_id: int, scorer: str, control: str = "none") -> tuple[Judgement, ...]:
-        """Return the judgements of one explanation by one scorer under one control; none when there are none."""
+        """Return the judgements of one explanation by one scorer under one control; none when there are none.
+
+        Where there are several, measurements count before plumbing checks, then the latest.
+        """
         packed = self._packed(explanation_id, scorer, control)
         return () if packed is None else unpack(packed)
 
     def detail(self, explanation_id: int, scorer: str) -> dict[str, Any]:
-        """Return what else a scorer found of one explanation, the latest where it was scored again; else nothing."""
-        sql = "SELECT data FROM details WHERE explanation = ? AND scorer = ? ORDER BY key DESC LIMIT 1"
+        """Return what else a scorer found of one explanation, chosen as for ``judgements``; else nothing."""
+        sql = f"SELECT data FROM details d WHERE explanation = ? AND scorer = ? ORDER BY {latest_first('d')} LIMIT 1"
         row = self._database.execute(sql, (explanation_id, scorer)).fetchone()
         return {} if row is None else dict(from_json(row[0]))
 
     def details(self, coder: str, scorer: str, *, explainer: str | None = None) -> dict[int, dict[str, Any]]:
-        """Return what else a scorer found of each latent of a coder, by index."""
+        """Return what else a scorer found of each latent of a coder, by index; measured and the latest as for one."""
         where, values = where_of(**{"e.coder": coder, "d.scorer": scorer, "e.key": explainer})
-        sql = f"SELECT e.idx, d.data FROM details d JOIN explanations e ON e.id = d.explanation{where} ORDER BY d.key"
-        return {index: dict(from_json(data)) for index, data in self._database.execute(sql, values)}
+        order = f"e.idx, {latest_first('d')}"
+        sql = f"SELECT e.idx, d.data FROM details d JOIN explanations e ON e.id = d.explanation{where} ORDER BY {order}"
+        found: dict[int, str] = {}
+        for index, data in self._database.execute(sql, values):
+            found.setdefault(index, data)
+        return {index: dict(from_json(data)) for index, data in found.items()}
 
     def judgement_columns(
         self,
@@ -414,13 +422,15 @@ class Results:
         explainer: str | None = None,
         plumbing: bool | None = None,
     ) -> Iterator[tuple[LatentId, JudgementColumns]]:
-        """Yield the judgements of each latent as arrays, ordered by latent; ``plumbing`` as for ``score_column``."""
-        where, values = where_of(**{"e.coder": coder, "scorer": scorer, "control": control, "e.key": explainer})
-        if plumbing is not None:
-            flagged = (
-                "SELECT 1 FROM scores s WHERE s.key = j.key AND s.explanation = e.id AND instr(s.flags, 'plumbing')"
-            )
-            where += f" AND {'' if plumbing else 'NOT '}EXISTS ({flagged})"
+        """Yield the judgements of each latent as arrays, ordered by latent.
+
+        Of an ``explainer`` that was judged more than once they are those that ``score_column`` counts; ``plumbing`` is
+        as there.
+        """
+        newest = None if explainer is None else newest_key(self._database, coder, scorer, explainer, plumbing)
+        where, values = where_of(
+            **{"e.coder": coder, "scorer": scorer, "control": control, "e.key": explainer, "j.key": newest}
+        )
         sql = (
             "SELECT e.coder, e.idx, j.packed FROM judgements j JOIN explanations e ON e.id = j.explanation"
             f"{where}{only_plumbing(plumbing)} ORDER BY e.idx, e.id, j.key"
@@ -460,8 +470,8 @@ class Results:
 
     def _packed(self, explanation_id: int, scorer: str, control: str) -> bytes | None:
         row = self._database.execute(
-            "SELECT packed FROM judgements WHERE explanation = ? AND scorer = ? AND control = ? "
-            "ORDER BY key DESC LIMIT 1",
+            "SELECT packed FROM judgements j WHERE explanation = ? AND scorer = ? AND control = ? "
+            f"ORDER BY {latest_first('j')} LIMIT 1",
             (explanation_id, scorer, control),
         ).fetchone()
         return None if row is None else bytes(row[0])

@@ -43,7 +43,7 @@ def score_column(
 ) -> ScoreColumn:
     """Return one metric of a coder: what ``Results.score_column`` says."""
     sql = (
-        "SELECT idx, value, low, high, n_total, n_failed, flags FROM scores "
+        "SELECT idx, value, low, high, n_total, n_failed, flags, key, id FROM scores "
         "WHERE coder = ? AND scorer = ? AND metric = ? AND control = ?"
     )
     values: tuple[str, ...] = (coder, scorer, metric, control)
@@ -53,7 +53,10 @@ def score_column(
     if plumbing is not None:
         sql += f" AND {'' if plumbing else 'NOT '}instr(flags, 'plumbing')"
     rows = database.execute(f"{sql} ORDER BY idx, id", values).fetchall()
-    latest = {row[0]: row for row in rows}
+    if explainer is not None and rows:  # one judge and one set of settings, never a mixture
+        newest = max(rows, key=lambda row: row[8])[7]
+        rows = [row for row in rows if row[7] == newest]
+    latest = {row[0]: row[:7] for row in rows}
     index, value, low, high, n_total, n_failed, flags = zip(*latest.values(), strict=True) if latest else ((),) * 7
     return ScoreColumn(
         index=np.array(index, dtype=np.int64),
@@ -64,6 +67,34 @@ def score_column(
         n_failed=np.array(n_failed, dtype=np.int64),
         flags=tuple(flags),
     )
+
+
+def newest_key(
+    database: sqlite3.Connection, coder: str, scorer: str, explainer: str, plumbing: bool | None
+) -> str | None:
+    """Return the key under which a scorer last scored the explanations of a stage, None where it has not.
+
+    ``plumbing`` asks for scores that are plumbing checks, or for those that are none.
+    """
+    sql = (
+        "SELECT key FROM scores WHERE coder = ? AND scorer = ? AND explanation IN "
+        "(SELECT id FROM explanations WHERE key = ? AND coder = ?)"
+    )
+    if plumbing is not None:
+        sql += f" AND {'' if plumbing else 'NOT '}instr(flags, 'plumbing')"
+    row = database.execute(f"{sql} ORDER BY id DESC LIMIT 1", (coder, scorer, explainer, coder)).fetchone()
+    return None if row is None else str(row[0])
+
+
+def latest_first(table: str) -> str:
+    """Return the order in which rows of judgements or details that share an explanation and a scorer count.
+
+    Measurements stand before plumbing checks, then what was scored last before what was scored earlier; ``table`` is
+    the name or alias of the table.
+    """
+    scored = f"FROM scores s WHERE s.explanation = {table}.explanation AND s.key = {table}.key"
+    checks = f"EXISTS (SELECT 1 {scored} AND instr(s.flags, 'plumbing'))"
+    return f"{checks}, (SELECT max(s.id) {scored}) DESC, {table}.key"
 
 
 def only_plumbing(plumbing: bool | None) -> str:

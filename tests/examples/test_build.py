@@ -141,16 +141,48 @@ def test_firing_rate_is_the_share_of_test_frame_windows_that_fire(store: Any) ->
     assert found.firing_rate == np.mean(fires)
     assert {place(e) for e in found.part("test")} <= set(tiled(data, "test"))
     silent = found.part("test", fires=False)
-    assert {e.inclusion_probability for e in silent} == {25 / (len(fires) - sum(fires))}
+    assert len(silent) == 25
+    assert dict(found.strata) == {"silent": len(fires) - sum(fires)}
+
+
+@pytest.mark.parametrize("strategy", ["quantiles", "bins", "random"])
+def test_no_document_makes_up_a_score(make_store: Make, strategy: Any) -> None:
+    """Of one test document that holds most windows no more than three are judged of a stratum."""
+    fixed = ["train", "test"] * 30
+    store = make_store(lengths=[100, 64 * 60, *[100] * 58], rates=[0.03], fixed=fixed, seed=4)
+    config = dataclasses.replace(SMALL, test_strategy=strategy)
+    found = chosen(select(opened(store), 0, config=config))
+    for fires in (True, False):
+        judged = found.part("test", fires=fires)
+        mine = judged.stratum[judged.document == 1]
+        assert 1 <= np.bincount(mine).max() <= 3
+        spread = judged.probability[judged.document == 1].max() < judged.probability[judged.document != 1].min()
+        assert spread or (fires and strategy != "random")  # deciles of few windows are taken whole
+    shown = np.bincount(found.part("train").document)
+    assert shown.max() <= 20  # which are not spread: no test document is among them
+    plain = chosen(select(opened(store), 0, config=dataclasses.replace(config, test_strategy="importance")))
+    large = plain.part("test", fires=True).document == 1
+    assert large.mean() > 0.3
+
+
+def test_few_documents_give_more_each(make_store: Make) -> None:
+    fixed = ["train"] * 20 + ["test"] * 5
+    store = make_store(lengths=[100] * 20 + [600, 600, 600, 600, 30], rates=[0.03], fixed=fixed, seed=4)
+    found = chosen(select(opened(store), 0, config=dataclasses.replace(SMALL, test_strategy="random")))
+    silent = np.bincount(found.part("test", fires=False).document, minlength=25)[20:]
+    assert silent.sum() == 25
+    assert silent.max() <= 6  # four documents of six, and one of a few windows
+    assert min(silent[:4]) >= 3
 
 
 def test_the_firing_rate_can_be_read_off_the_inclusion_probabilities(store: Any) -> None:
-    found = chosen(select(opened(store), 1, config=SMALL))
-    weights = {
-        fires: sum(1 / e.inclusion_probability for e in found.part("test", fires=fires)) for fires in (True, False)
-    }
-    assert weights[True] + weights[False] == pytest.approx(found.frame)
-    assert weights[True] / found.frame == pytest.approx(found.firing_rate)
+    data = opened(store)
+    sets = [chosen(select(data, 1, config=SMALL, coder=f"c{number}")) for number in range(150)]
+    for fires in (True, False):
+        weights = np.array([s.part("test", fires=fires).weight.sum() for s in sets]) / sets[0].frame
+        rate = sets[0].firing_rate if fires else 1 - sets[0].firing_rate
+        assert abs(weights.mean() - rate) < 4.5 * weights.std() / len(sets) ** 0.5 + 1e-9
+        assert weights.std() < 0.1 * rate
 
 
 def test_reweighted_test_windows_stand_for_the_whole_frame(store: Any) -> None:

@@ -84,8 +84,8 @@ def test_silent_windows_are_those_told_slowly(
     together = drawn_for(list(range(len(cases))))
     assert drawn_for(list(range(len(cases)))[::-1]) == together[::-1]
     members = [known.members[a:b].tolist() for a, b in pairwise(known.offsets)]
-    for latent, (units, sizes, unused) in enumerate(together):
-        assert drawn_for([latent]) == [[units, sizes, unused]]
+    for latent, (judged, sizes, unused) in enumerate(together):
+        assert drawn_for([latent]) == [[judged, sizes, unused]]
         free = [[w for w in cluster if w not in barred[latent]] for cluster in members]
         of: list[dict[int, int]] = [{} for _ in range(2 + rest)]  # for each kind: window that stands → how many
         for cluster, windows in enumerate(free):
@@ -98,8 +98,8 @@ def test_silent_windows_are_those_told_slowly(
         silent = sum(any(w not in touched[latent] for w in cluster) for cluster in members)
         assert unused == silent - sum(sizes)
         shares = allocate(np.array([n]), np.array([sizes]))[0].tolist()
-        assert [kind for kind, *_ in units] == [kind for kind, share in enumerate(shares) for _ in range(share)]
-        drawn = [window for _, window, _, _ in units]
+        assert [kind for kind, *_ in judged] == [kind for kind, share in enumerate(shares) for _ in range(share)]
+        drawn = [window for _, window, _, _ in judged]
         assert len(drawn) == len(set(drawn)) == min(n, sum(sizes))
         assert not set(drawn) & barred[latent]  # peer's defect: negatives are drawn with replacement
         for kind, share in enumerate(shares):
@@ -109,7 +109,7 @@ def test_silent_windows_are_those_told_slowly(
                 cap += 1
             kept = sum(min(m, cap) for m in lies.values())
             taken: Counter[int] = Counter()
-            for _, window, multiplicity, probability in (unit for unit in units if unit[0] == kind):
+            for _, window, multiplicity, probability in (unit for unit in judged if unit[0] == kind):
                 home = 0 if document is None else document[window]
                 taken[home] += 1
                 assert multiplicity == of[kind][window]

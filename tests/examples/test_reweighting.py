@@ -127,6 +127,47 @@ def test_reweighted_windows_stand_for_all_of_the_frame(
             assert close(sums, exact), (firing, np.mean(sums), exact)
 
 
+@pytest.mark.parametrize("strategy", ["quantiles", "bins", "random", "importance"])
+@pytest.mark.parametrize("duplicates", [0.0, 0.6])
+@pytest.mark.parametrize("negatives", [("random",), ("same_token", "neighbour", "random")])
+def test_reweighted_windows_stand_for_documents_of_any_size(
+    make_store: Make, strategy: Any, duplicates: float, negatives: Any
+) -> None:
+    """Few windows of a large document are judged, and yet it weighs as much as it holds; its copies wander."""
+    copies = 300
+    store = make_store(lengths=[50 * 40, 50 * 40, 50 * 8, *[50] * 50], rates=[0.06], row=51, seed=2)
+    tokens = store.corpus.tokens
+    tokens[80:100:3] = tokens[0]  # a passage of the large document, in others as well
+    tokens[[81, 90]] = tokens[50]
+    first = store.found[0]
+    store = dataclasses.replace(
+        store,
+        found=tuple(dataclasses.replace(first, latent=LatentId(coder="toy", index=i)) for i in range(copies)),
+    )
+    config = dataclasses.replace(BASE, test_strategy=strategy, duplicates=duplicates, negatives=negatives)
+    owner = store.corpus.segments[:, 3]
+    data = StoreData(store, np.where((owner == 1) | (owner > 20) & (owner % 5 == 0), 0, 2).astype(np.int8))
+    sets = sets_of(select_many(data, range(copies), config, 0, proxies=PROXIES))
+    whole, values, documents, _ = frame_of(store, data, config, 2)
+    fires = values.max(axis=1) > 0
+    share = (documents == 0).mean()
+    assert share > 0.25
+    for firing in (True, False):
+        judged = [s.part("test", fires=firing) for s in sets]
+        mine = fires == firing
+        taken = np.mean([(w.document == 0).mean() for w in judged])
+        assert taken < 0.75 * share or (firing and strategy != "random")  # of a decile there are few anyhow
+        for function in (
+            lambda t, a, d: np.ones(len(t)),
+            lambda t, a, d: (d == 0) * 1.0,
+            lambda t, a, d: d * 1.0,
+            lambda t, a, d: a.max(axis=1) ** 2 + t.mean(axis=1),
+        ):
+            exact = float(function(whole[mine], values[mine], documents[mine]).sum())
+            sums = [float((function(w.tokens, w.activations, w.document) * w.weight).sum()) for w in judged]
+            assert close(sums, exact), (firing, np.mean(sums), exact)
+
+
 def test_train_windows_are_reweighted_too(make_store: Make) -> None:
     store = repeated(make_store, copies=300, rate=0.1)
     config = dataclasses.replace(BASE, duplicates=0.6, strategy="quantiles")
@@ -160,11 +201,14 @@ def test_kinds_are_disjoint_by_priority_and_their_sizes_are_told(make_store: Mak
         data = data_of(store)
         made = data.frame(WINDOW, 0)
         silent: Counter[str] = Counter()
+        free: dict[str, Counter[int]] = {kind: Counter() for kind in ("same_token", "neighbour", "silent")}
         for row, start in zip(made.row[made.split == 2], made.start[made.split == 2], strict=True):
             span = slice(start, start + WINDOW)
             if not dense(store, index)[row, span].any():
                 held = set(store.corpus.tokens[row, span].tolist())
-                silent["same_token" if held & {3, 4} else "neighbour" if held & {4, 5} else "silent"] += 1
+                kind = "same_token" if held & {3, 4} else "neighbour" if held & {4, 5} else "silent"
+                silent[kind] += 1
+                free[kind][int(row)] += 1  # every row is a document
         assert found.strata == tuple((kind, silent[kind]) for kind in ("same_token", "neighbour", "silent"))
         windows = found.part("test", fires=False)
         drawn = Counter(e.stratum for e in windows)
@@ -173,7 +217,12 @@ def test_kinds_are_disjoint_by_priority_and_their_sizes_are_told(make_store: Mak
             held = set(example.tokens.tolist())
             fitting = "same_token" if held & {3, 4} else "neighbour" if held & {4, 5} else "silent"
             assert example.stratum == fitting
-            assert example.inclusion_probability == 10 / silent[fitting]
+            own = free[fitting]
+            cap, m = 3, own[example.document]
+            while sum(min(n, cap) for n in own.values()) < 10:
+                cap += 1
+            kept = sum(min(n, cap) for n in own.values())
+            assert example.inclusion_probability == pytest.approx(min(m, cap) / m * 10 / kept)
 
 
 def test_silent_windows_of_no_kind_are_counted(make_store: Make) -> None:
@@ -200,7 +249,8 @@ def test_negatives_may_be_silent_over_their_whole_document(make_store: Make) -> 
     sizes = dict(found.strata)
     assert sizes["same_token"] + sizes["silent"] == free
     assert sizes["unused"] == round((1 - found.firing_rate) * found.frame) - free > 0
-    assert silent.weight.sum() == pytest.approx(free)
+    everything = sets_of([select(data, 0, config=dataclasses.replace(config, n_negatives=10**6), proxies=PROXIES)])[0]
+    assert everything.part("test", fires=False).weight.tolist() == [1.0] * free
     plain = dataclasses.replace(config, silent="window", n_negatives=10**6)
     whole = sets_of([select(data, 0, config=plain, proxies=PROXIES)])[0].part("test", fires=False)
     assert not quiet[whole.row].all()
@@ -316,6 +366,7 @@ def test_neither_order_nor_block_matters_and_all_that_is_said_is_true(
             assert np.array_equal(getattr(alone.windows, column.name), getattr(found.windows, column.name))
         assert (alone.strata, alone.maximum, alone.firing_rate) == (found.strata, found.maximum, found.firing_rate)
         truth, sizes = dense(store, index), Counter(e.stratum for e in found.part("test", fires=False))
+        documents = Counter(data.frame(WINDOW, seed, keep_bos=config.keep_bos).document.tolist())
         for example in found.windows:
             span = slice(example.start, example.stop)
             assert (example.activations == truth[example.row, span]).all()
@@ -325,7 +376,9 @@ def test_neither_order_nor_block_matters_and_all_that_is_said_is_true(
             if not example.fires:
                 assert example.split == "test"
                 assert silent == "window" or not truth[example.row].any()
-                assert example.inclusion_probability == sizes[example.stratum] / dict(found.strata)[example.stratum]
+                least = sizes[example.stratum] / dict(found.strata)[example.stratum]
+                held = documents[example.document]
+                assert min(3 / held, 1) * least <= example.inclusion_probability * (1 + 1e-9) <= 1 + 1e-9
         assert sum(sizes.values()) == min(30, sum(n for kind, n in found.strata if kind != "unused"))
         assert len(found.part("train")) <= 20
         assert len(found.part("test", fires=True)) <= 24

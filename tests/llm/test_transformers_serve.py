@@ -182,13 +182,13 @@ def test_explaining_detecting_and_fuzzing_end_in_counted_states(client: Any) -> 
     (explanation,) = DefaultExplainer(max_tokens=40).explain([given], concurrency=2)
     assert explanation.status in ("ok", "unparsed")
     told = Explanation(latent=given.latent, text="the word cat", status="ok", explainer={})
+    whole = ("balanced_accuracy", "sensitivity", "specificity", "f1")
     for scorer in (DetectionScorer(probabilities=True), FuzzingScorer()):
         (scoring,) = scorer.score([(told, given)], concurrency=2)
         assert {score.control for score in scoring.scores} == {"none", "other_latent"}
         for score in scoring.scores:
-            assert score.n_total == 12
-            assert score.n_scored + score.n_failed == 12
-            assert math.isnan(score.value) == (score.n_scored == 0)
+            assert score.n_total == (12 if score.metric in whole else score.n_total)
+            assert math.isnan(score.value) or score.n_scored > 0
         judged = [judgement for part in scoring.judgements.values() for judgement in part]
         assert len(judged) == 24
         assert {j.status for j in judged} <= {"ok", "unparsed", "failed", "refused"}

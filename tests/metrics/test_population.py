@@ -405,3 +405,25 @@ def test_bounds_move_out_in_logits() -> None:
     assert further(0.5, 0.3, 1.0, 0.0) == 0.3
     assert further(0.5, 1 / (1 + math.exp(1.0)), 2.0, 0.0) == pytest.approx(1 / (1 + math.exp(2.0)))
     assert further(0.0, math.tanh(0.5), 2.0, -1.0) == pytest.approx(math.tanh(1.0))
+
+
+def test_firing_windows_of_one_document_bound_no_area_and_no_correlation() -> None:
+    rng = np.random.default_rng(0)
+    activation = [*(rng.random(30) + 0.1), *[0.0] * 30]
+    score = [*rng.beta(4, 2, 30), *rng.beta(1, 6, 30)]
+    frame = FrameCounts(windows=1000, firing=60, silent={"silent": 940})
+
+    def judged(document: list[int]) -> Observed:
+        firing, silent = verdicts(25, 30), verdicts(3, 30)
+        return judgements(firing, silent, score=score, document=document, activation=activation)
+
+    one, many = (judged([*first, *range(100, 130)]) for first in ([0] * 30, list(range(30))))
+    for lowest, name in ((0.0, "population_auprc"), (-1.0, "population_pearson")):
+        found, apart = population(one, frame)[name], population(many, frame)[name]
+        assert (found.low, found.high) == (lowest, 1.0)
+        assert lowest < apart.low < apart.high < 1.0
+        assert found.value == pytest.approx(apart.value)
+    for lowest, metric in ((-1.0, metrics.responsiveness), (0.0, metrics.purity)):
+        found = metric(one, frame)
+        assert (found.low, found.high) == (lowest, 1.0)
+        assert metric(many, frame).high < 1.0

@@ -469,13 +469,27 @@ def test_the_auroc_of_p_yes_leaves_out_what_is_missing_and_never_takes_it_for_0(
     assert found["brier"].value == pytest.approx(np.mean([0.01, 0.04, 0.36, 0.25, 0.01, 0.01]))
 
 
+def test_the_correlation_over_the_frame_counts_what_it_is_of() -> None:
+    judged = [
+        *[sure(True, p) for p in (0.9, 0.8, 0.4, None)],
+        *[dataclasses.replace(sure(False, p), stratum="silent") for p in (0.5, 0.1, None, None)],
+    ]
+    judged = [dataclasses.replace(j, document=i, activation=float(j.truth)) for i, j in enumerate(judged)]
+    frame = FrameCounts(windows=100, firing=10, silent={"silent": 90})
+    found = own(judged, frame=frame, probabilities=True)
+    assert (found["population_pearson"].n_scored, found["population_pearson"].n_failed) == (5, 3)
+    assert found["population_recall"].n_scored == 8
+    of_verdicts = own([dataclasses.replace(j, probability=None) for j in judged], frame=frame)
+    assert of_verdicts["population_pearson"].n_scored == 8
+
+
 def test_without_any_probability_there_is_no_auroc_and_no_outside_mass() -> None:
     judged = [judgement(True, True), judgement(False, False)]
     score = own(judged, probabilities=True)["auroc"]
     assert math.isnan(score.value)
     assert (score.n_total, score.n_scored, score.n_failed) == (2, 0, 2)
     none = outside_score("detection", LATENT, [None, None])
-    assert math.isnan(none.value)
+    assert all(map(math.isnan, (none.value, none.low, none.high)))
     assert (none.n_total, none.n_scored) == (2, 0)
 
 

@@ -222,6 +222,15 @@ def test_the_right_rule_is_told_from_its_neighbours_and_donors_are_not(world: An
     assert json.loads(json.dumps(scoring.detail)) == scoring.detail
 
 
+@pytest.mark.parametrize("donors", [(), (7,)])
+def test_a_lift_over_too_few_donors_is_flagged(world: Any, donors: tuple[int, ...]) -> None:
+    scoring = one(DiscriminationScorer(), world.explanation(3), view_of(world, 3, (4,), donors=donors, n_fire=60))
+    lift = pick(scoring, "bits_lift", "other_latent")
+    assert "few_donors" in lift.flags
+    assert lift.n_failed == 0
+    assert lift.n_total == (pick(scoring, "bits").n_total if donors else 0)
+
+
 def test_windows_on_which_a_neighbour_fires_are_not_asked_about(world: Any) -> None:
     view = view_of(world, 3, (4, 5), n_fire=50)
     scoring = one(DiscriminationScorer(), world.explanation(3), view)

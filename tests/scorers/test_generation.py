@@ -176,6 +176,11 @@ def test_missing_texts_are_counted_and_never_silent(world: Any) -> None:
     assert share.floor == pytest.approx(wilson(2, 4)[0])
     assert [j.status for j in scoring.judgements["none"]] == ["ok", "ok", "unparsed", "unparsed", "ok", "ok"]
     assert scores["specificity", "none"].n_failed == 0
+    clear, both = scores["clarity", "none"], scores["balanced_accuracy", "none"]
+    assert (clear.n_total, clear.n_scored, clear.n_failed) == (4, 2, 2)
+    assert clear.floor < clear.low <= clear.value  # the missing ones silent
+    assert (both.n_total, both.n_failed, both.value) == (6, 2, 1.0)
+    assert both.floor == pytest.approx(0.75 - math.hypot(0.5 - wilson(2, 4)[0], 1 - wilson(2, 2)[0]) / 2)
 
 
 @pytest.mark.usefixtures("by_word")

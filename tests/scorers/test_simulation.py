@@ -117,6 +117,31 @@ def test_missing_predictions_widen_the_bounds_of_a_lift() -> None:
     assert found.ceiling > found.high
 
 
+def test_another_that_predicts_nothing_takes_no_lift_away() -> None:
+    rng = np.random.default_rng(3)
+    y, document = rng.random(200), np.repeat(np.arange(20), 10)
+    own, other = (observed(y + rng.random(200), y, document) for _ in range(2))
+    silent = observed(np.full(200, np.nan), y, document)
+    alone, beside = correlation_lift(own, [other]), correlation_lift(own, [silent, other])
+    assert (beside.value, beside.low, beside.high, beside.n) == (alone.value, alone.low, alone.high, 200)
+    assert math.isnan(correlation_lift(own, [silent]).value)
+
+
+def test_missing_predictions_widen_the_bounds_of_what_is_over_the_frame_and_in_units() -> None:
+    rng = np.random.default_rng(4)
+    y, document = rng.random(200), np.repeat(np.arange(20), 10)
+    x = y + rng.random(200) / 2
+    lost = np.where(np.arange(200) % 4 == 0, np.nan, x)
+    found = population_correlation(observed(lost, y, document))
+    assert found.value == pytest.approx(stats.pearsonr(lost[~np.isnan(lost)], y[~np.isnan(lost)]).statistic)
+    assert -1.0 <= found.floor < found.low < found.high < found.ceiling <= 1.0
+    for one_of in explained(observed(lost, y, document)).values():
+        assert one_of.floor == -math.inf
+        assert one_of.ceiling > one_of.high
+    whole = population_correlation(observed(x, y, document))
+    assert (whole.floor, whole.ceiling) == (whole.low, whole.high)
+
+
 def test_a_constant_prediction_tells_nothing_and_is_no_missing_score() -> None:
     y, d = np.arange(30.0), np.arange(30)
     for find in (correlation, population_correlation):

@@ -37,8 +37,8 @@ def certify(
     fixed; ``bh`` asks for independence too. ``explainer`` is the key of an explaining stage, by default the newest with
     measured judgements. What failed is left out, or counted as wrong with ``worst``. Plumbing checks certify nothing.
 
-    Raises NotFoundError when a scorer has no judgements of the coder, InputError for a level, rate or correction that
-    is none, and for p-values of latents that were judged in rounds.
+    Raises NotFoundError when a scorer has no judgements of the coder, InputError for one without balanced accuracy, for a
+    level, rate or correction that is none, and for p-values of latents that were judged in rounds.
     """
     if correction not in ("e-bh", "by", "bh"):
         raise InputError(f"the correction is e-bh, by or bh, got {correction!r}")
@@ -49,17 +49,19 @@ def certify(
     }
     if key is None or not observed:
         raise NotFoundError(f"{scorer} has measured nothing of {coder}; measure it with exegete score")
+    column = results.score_column(coder, scorer, HEADLINE, explainer=key, plumbing=False)
+    if not len(column):
+        raise InputError(f"{scorer} has no balanced accuracy to be certified; take detection or fuzzing")
     latents = list(observed)
     if correction == "e-bh":
         evidence = [e_value(observed[latent], level, worst=worst) for latent in latents]
         listed = certified(latents, q=rate, e_values=evidence)
-    elif _in_rounds(results, scorer, key):
+    elif _in_rounds(results, coder, scorer, key):
         raise InputError("latents that were judged in rounds have e-values and no p-values; use e-bh")
     else:
         evidence = [p_value(observed[latent], level, worst=worst) for latent in latents]
         listed = certified(latents, q=rate, p_values=evidence, correction=correction)
     values = dict(zip(latents, evidence, strict=True))
-    column = results.score_column(coder, scorer, HEADLINE, explainer=key, plumbing=False)
     scores = dict(zip(column.index.tolist(), column.value.tolist(), strict=True))
     return Certified(
         coder=coder,
@@ -80,11 +82,11 @@ def _newest(results: Results, coder: str, scorer: str) -> str | None:
     return None
 
 
-def _in_rounds(results: Results, scorer: str, explainer: str) -> bool:
-    """Return whether any explanation of a stage was judged until its answers decided that it was enough."""
-    found = [spec for stage, spec in results.stages().values() if stage == scorer and spec.get("explain") == explainer]
-    args = [(spec.get("scorer") or {}).get("args") or {} for spec in found]
-    return any(one.get(name) is not None for one in args for name in ("certify", "stop_when"))
+def _in_rounds(results: Results, coder: str, scorer: str, explainer: str) -> bool:
+    """Return whether explanations of a stage were judged until their answers decided that it was enough."""
+    spec = results.scored_with(coder, scorer, explainer, plumbing=False)
+    args = (spec.get("scorer") or {}).get("args") or {}
+    return any(args.get(name) is not None for name in ("certify", "stop_when"))
 
 
 def _observed(columns: JudgementColumns) -> Observed:

@@ -68,7 +68,9 @@ def _details(results: Results, id_: int, judges: Mapping[str, str]) -> list[tupl
 def _explained(
     id_: int, explanation: Explanation, scores: Sequence[Score], judges: Mapping[str, str]
 ) -> dict[str, Any]:
-    mine = {(s.scorer, s.metric, s.control): s for s in scores if s.explanation == id_ or s.scorer == "baseline"}
+    own = [s for s in scores if s.explanation == id_ or s.scorer == "baseline"]
+    # Of several, measurements count before plumbing checks, and then the latest.
+    mine = {(s.scorer, s.metric, s.control): s for s in sorted(own, key=lambda s: not s.plumbing)}
     rows, mass = [], {}
     for (scorer, metric, control), score in mine.items():
         decile = re.fullmatch(r"mass_decile_(\d)", metric)

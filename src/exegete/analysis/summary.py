@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, final
 
@@ -183,7 +184,7 @@ def _scorer(results: Results, coder: str, key: str, scorer: str, metric: str, pl
         metric=metric,
         null=control if controls else "",
         plumbing=plumbing,
-        judge=_judge(results, coder, scorer, key),
+        judge=_judge(results.scored_with(coder, scorer, key, plumbing=plumbing)),
         n=len(values),
         n_unscored=len(score) - len(values),
         n_failed=int(score.n_failed.sum()),
@@ -199,10 +200,18 @@ def _scorer(results: Results, coder: str, key: str, scorer: str, metric: str, pl
     )
 
 
-def _judge(results: Results, coder: str, scorer: str, key: str) -> str:
-    """Return who judged: the executed rule itself, or a language model by its short name."""
-    judge = results.judge(coder, scorer, key) or "unknown"
-    return "executed rule" if judge == "rule" else judge.rpartition("#")[2] or judge
+def _judge(spec: Mapping[str, Any]) -> str:
+    """Return who judged: an executed rule, or a language model by its short name; else what gave vectors or log p."""
+    judge = str(spec.get("judge") or "unknown")
+    if judge != "rule":
+        return judge.rpartition("#")[2] or judge
+    args = (spec.get("scorer") or {}).get("args") or {}
+    if spec.get("reader"):
+        reader = str(spec["reader"])
+        return f"reader {reader.rpartition('#')[2] or reader}"
+    if args.get("embedder"):
+        return str(args["embedder"]).rstrip("/").rpartition("/")[2]
+    return "executed rule"
 
 
 def _executed(

@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -221,7 +221,8 @@ def _argument(hint: Any) -> dict[str, Any]:
     """Return argparse's keywords for a type of setting."""
     origin = typing.get_origin(hint)
     if origin is types.UnionType:
-        return _argument(next(a for a in typing.get_args(hint) if a is not type(None)))
+        found = _argument(next(a for a in typing.get_args(hint) if a is not type(None)))
+        return {**found, "type": _or_none(found["type"])} if "type" in found else found
     if origin is Literal:
         return {"choices": typing.get_args(hint)}
     if origin is tuple:
@@ -241,6 +242,16 @@ def _integer(text: str) -> int:
         return int(float(body) * scale) if scale > 1 else int(body)
     except ValueError:
         raise argparse.ArgumentTypeError(f"a whole number (say 500000 or 500k), got {text!r}") from None
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a reader of values that takes ``none`` for no value: what an earlier command set is taken back by it."""
+
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = getattr(kind, "__name__", "value")  # argparse names it in its message
+    return read
 
 
 def _groups() -> list[tuple[str, type[Any]]]:

@@ -180,11 +180,11 @@ def _drawn_of_rest(
         owner, taken = np.divmod(codes, held)
     counts = np.bincount(owner * n + where.home[taken], minlength=m * n).reshape(m, n)
     settled = (np.diff(where.starts) - counts).reshape(-1)
-    free = _without((np.arange(m)[:, None] * count + where.wandering).reshape(-1), claimed)
-    wanderer, wandering = np.divmod(free, count)
+    free = ~_within((np.arange(m)[:, None] * count + where.wandering).reshape(-1), claimed)
+    wanderer = np.repeat(np.arange(m), len(where.wandering))[free]
+    wandering = np.tile(where.wandering, m)[free]
     home = wanderer * n + where.document[standing.of(wanderer, wandering)[0]]
-    others = starts_of(np.bincount(home, minlength=m * n)) if len(home) else None
-    sizes = settled if others is None else settled + np.diff(others)
+    sizes = settled + np.bincount(home, minlength=m * n) if len(home) else settled
     group, place, chance = draw_spread(keys, sizes, np.arange(m + 1) * n, given)
     latent, document = np.divmod(group, n)
     # A document's free settled clusters come first, then the wandering ones that came to it.
@@ -195,9 +195,12 @@ def _drawn_of_rest(
     own = extra < 0
     cluster = np.zeros(len(group), np.int64)
     cluster[own] = where.settled[_nth_free(owner, taken, firsts, latent[own], (before + place)[own], held)]
-    if others is not None:
-        by_home = wandering[np.argsort(home, kind="stable")]
-        cluster[~own] = by_home[others[group[~own]] + extra[~own]]
+    if not own.all():
+        wanted = np.zeros(m * n, bool)
+        wanted[group[~own]] = True
+        came = np.flatnonzero(wanted[home])
+        came = came[np.argsort(home[came], kind="stable")]
+        cluster[~own] = wandering[came[np.searchsorted(home[came], group[~own]) + extra[~own]]]
     return latent, cluster, chance
 
 

@@ -19,7 +19,7 @@ from exegete.metrics.interval import Interval
 from exegete.metrics.observed import FAILED, FrameCounts, Observed
 from exegete.metrics.population_ranked import stepped
 from exegete.metrics.ranking import auroc
-from exegete.metrics.reweighting import Options, Parts, Sampled, alarms, drawn_from, frames, further, quantile
+from exegete.metrics.reweighting import Options, Parts, Sampled, alarms, drawn_from, frames, quantile, stretched
 from exegete.types import Array
 
 METHOD: Final = "post-stratified-dirichlet"
@@ -98,8 +98,7 @@ def _interval(observed: Observed, cut: Parts, statistic: Statistic, lowest: floa
     most = sum((one.unseen for one in silent), fewest) + cut.unknown
     low = quantile(statistic(said_yes, said_no, np.minimum(most, cut.quiet), cut.quiet), options.low)
     high = quantile(statistic(said_yes, said_no, fewest, cut.quiet), options.high)
-    stretch = cut.stretch(options.level)
-    low, high = (further(value, bound, stretch, lowest) for bound in (low, high))
+    low, high = stretched(cut, value, low, high, lowest, options.level)
     return clamped(value, low, high, METHOD, cut.answered, lowest=lowest)
 
 

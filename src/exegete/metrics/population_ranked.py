@@ -14,7 +14,7 @@ import numpy as np
 from exegete.metrics.inputs import clamped, undefined
 from exegete.metrics.interval import Interval
 from exegete.metrics.observed import Observed
-from exegete.metrics.reweighting import Options, Part, Parts, frames, further, half_width, quantile, rate_unseen
+from exegete.metrics.reweighting import Options, Part, Parts, frames, half_width, quantile, rate_unseen, stretched
 from exegete.types import Array
 
 METHOD: Final = "post-stratified-dirichlet"
@@ -40,8 +40,7 @@ def auprc(observed: Observed, cut: Parts, options: Options) -> Interval:
     unseen = sum((one.unseen for one in silent), np.full(options.draws, cut.unknown, np.float32))
     low = quantile(_area(hits, alarms + unseen), options.low)
     high = quantile(_area(hits, alarms), options.high)
-    stretch = cut.stretch(options.level)
-    low, high = (further(value, bound, stretch, 0.0) for bound in (low, high))
+    low, high = stretched(cut, value, low, high, 0.0, options.level)
     found = clamped(value, low, high, METHOD, cut.answered)
     wide = half_width(found)
     if wide <= 1.0:
@@ -75,8 +74,7 @@ def pearson(observed: Observed, cut: Parts, values: Array, options: Options) -> 
     high = quantile(_correlation(sums), options.high)
     sums[1:3] += unseen
     low = quantile(_correlation(sums), options.low)
-    stretch = cut.stretch(options.level)
-    low, high = (further(value, bound, stretch, -1.0) for bound in (low, high))
+    low, high = stretched(cut, value, low, high, -1.0, options.level)
     return clamped(value, low, high, METHOD, cut.answered, lowest=-1.0)
 
 

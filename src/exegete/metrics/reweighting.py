@@ -178,11 +178,10 @@ def parts(observed: Observed, frame: FrameCounts, answered: Array) -> Parts:
             "give the frame that the windows were drawn from"
         )
     drawn = [silent & (observed.stratum == code) for code in codes]
-    everywhere = _mean(observed.multiplicity[silent], 1.0)
+    everywhere = _copies(observed, silent, 1.0)
     # Strata are counted with near-duplicates once, the frame counts windows.
     sizes = [
-        frame.silent[name] * _mean(observed.multiplicity[which], everywhere)
-        for name, which in zip(names, drawn, strict=True)
+        frame.silent[name] * _copies(observed, which, everywhere) for name, which in zip(names, drawn, strict=True)
     ]
     unused = frame.unused * everywhere
     total = sum(sizes) + unused
@@ -192,14 +191,14 @@ def parts(observed: Observed, frame: FrameCounts, answered: Array) -> Parts:
     for size, which in zip(sizes, drawn, strict=True):
         places = np.flatnonzero(which & answered)
         if len(places):
-            told.append(_part(observed, places, observed.multiplicity[places].astype(np.float64), size * scale))
+            told.append(_part(observed, places, observed.weight[places], size * scale))
         else:
             unknown += size * scale
     return Parts(firing=_firing(observed, frame, answered), silent=tuple(told), unknown=unknown)
 
 
 def drawn_from(observed: Observed) -> FrameCounts:
-    """Return the frame that the inclusion probabilities of its drawn windows add up to."""
+    """Return the frame as the inclusion probabilities of its drawn windows tell it: exact on average over draws."""
     silent = ~observed.truth
     units = np.bincount(observed.stratum[silent], weights=1.0 / observed.probability[silent], minlength=len(STRATA))
     return FrameCounts(
@@ -253,8 +252,10 @@ def alarms(cut: Parts, yes: Array, level: float) -> tuple[float, float]:
     return told * plain, told * seen
 
 
-def _mean(values: Array, otherwise: float) -> float:
-    return float(values.mean()) if len(values) else otherwise
+def _copies(observed: Observed, which: Array, otherwise: float) -> float:
+    """Return how many windows a unit of the frame stands for on average, told by those drawn; else ``otherwise``."""
+    units = float((1.0 / observed.probability[which]).sum())
+    return float(observed.weight[which].sum()) / units if units else otherwise
 
 
 class Complete(Protocol):
@@ -365,6 +366,17 @@ def half_width(interval: Interval) -> float:
     centre = min(interval.value, math.sqrt(max(interval.low, 0.0) * interval.high))
     half = (interval.high - interval.low) / 2.0
     return half / centre if centre > 0.0 else math.inf
+
+
+def stretched(cut: Parts, value: float, low: float, high: float, lowest: float, level: float) -> tuple[float, float]:
+    """Return the bounds of a value in ``lowest`` … 1 from draws, moved away from it as ``Parts.stretch`` says.
+
+    They are the whole range where one document holds all firing windows: its draws move together, and say nothing.
+    """
+    if cut.firing.documents < 2:
+        return lowest, 1.0
+    stretch = cut.stretch(level)
+    return further(value, low, stretch, lowest), further(value, high, stretch, lowest)
 
 
 def further(value: float, bound: float, stretch: float, lowest: float) -> float:

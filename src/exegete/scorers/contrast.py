@@ -16,10 +16,10 @@ import numpy as np
 from exegete.errors import InputError
 from exegete.metrics import Interval
 from exegete.metrics.clustered import Documents, t_of
+from exegete.metrics.failures import marked
 from exegete.metrics.proportions import score_bounds
 from exegete.types import Array
 
-FEW: Final = 20
 SURE: Final = 0.01
 """P(yes) is taken to lie at least this far from 0 and from 1: of no window is a judge surer."""
 TOLD_APART: Final = 0.75
@@ -166,11 +166,8 @@ class _Mean:
     n_documents: int
 
     def interval(self, low: float, high: float, method: str) -> Interval:
-        flags = ("few_documents",) if self.n_documents < FEW else ()
         low, high = min(low, self.value), max(high, self.value)
-        return Interval(
-            value=self.value, low=low, high=high, method=method, n=self.n, n_documents=self.n_documents, flags=flags
-        )
+        return marked(Interval(value=self.value, low=low, high=high, method=method, n=self.n), self.n_documents)
 
 
 def _mean(values: Array, document: Array, span: float) -> _Mean | None:

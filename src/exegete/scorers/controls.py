@@ -177,13 +177,19 @@ def lift_score(
 ) -> Score:
     """Return ``METRIC_lift``: own − control on the same examples, by ``metrics.paired``; the control's mean of donors.
 
-    The interval is over examples, with these donors as they are. ``n_total`` are the own judgements, ``n_scored`` those
-    that the difference rests on.
+    The interval is over examples, with these donors as they are. ``n_total`` are the own judgements, none where there
+    is nothing to hold them against; ``n_scored`` those that the difference rests on.
     """
-    found = metrics.paired(own, others, metric)
-    if control == OTHER_LATENT and len(others) < MIN_DONORS:
-        found = replace(found, flags=tuple(dict.fromkeys((*found.flags, "few_donors"))))
-    return score_of(latent, scorer, metric + LIFT, found, len(own), min(found.n, len(own)), control)
+    found = of_donors(metrics.paired(own, others, metric), control, len(others))
+    n_total = len(own) if others else 0
+    return score_of(latent, scorer, metric + LIFT, found, n_total, min(found.n, n_total), control)
+
+
+def of_donors(found: Interval, control: str, n: int) -> Interval:
+    """Return what rests on ``n`` explanations of a control, flagged where these are too few donors."""
+    if control != OTHER_LATENT or n >= MIN_DONORS:
+        return found
+    return replace(found, flags=tuple(dict.fromkeys((*found.flags, "few_donors"))))
 
 
 def by_control(

@@ -22,7 +22,7 @@ from exegete.llm.protocol import PROMPTS
 from exegete.prompts import prompt_hash
 from exegete.scorers.asked import Asked
 from exegete.scorers.contrast import SURE, Contrast, log_odds, mean_bits, mean_credit, mean_difference
-from exegete.scorers.controls import LIFT, by_control, control_score, named_controls, panel, score_of
+from exegete.scorers.controls import LIFT, by_control, control_score, named_controls, of_donors, panel, score_of
 from exegete.scorers.judge import MAX_TOKENS, Items, Judge, JudgeChoice, JudgeOptions, Verdict
 from exegete.scorers.judged import DEFAULT_CONTROLS, Item
 from exegete.scorers.scorer import Scorer, Scoring
@@ -178,8 +178,8 @@ class DiscriminationScorer(Scorer):
                     latent, NAME, metric, control, found, n_total=n_total, n_scored=n_scored, bounds=bounds
                 )
                 scores.append(told)
-            lift = mean_difference(bits, values, document, own.most, lowest)
-            scores.append(score_of(latent, NAME, f"bits{LIFT}", lift, len(bits), lift.n, control))
+            lift = of_donors(mean_difference(bits, values, document, own.most, lowest), control, len(given))
+            scores.append(score_of(latent, NAME, f"bits{LIFT}", lift, len(bits) if given else 0, lift.n, control))
         return tuple(scores)
 
 

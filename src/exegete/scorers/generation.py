@@ -22,14 +22,15 @@ from exegete.llm.client import gather_all, run_limited
 from exegete.llm.protocol import PROMPTS, generate_messages, generate_schema
 from exegete.metrics import FrameCounts, Interval
 from exegete.metrics.fade import clarity
+from exegete.metrics.failures import marked
 from exegete.prompts import prompt_hash
 from exegete.scorers.controls import (
     LIFT,
-    MIN_DONORS,
     OTHER_LATENT,
     by_control,
     control_score,
     named_controls,
+    of_donors,
     panel,
     score_of,
 )
@@ -47,7 +48,6 @@ HEADLINE: Final = "share_firing"
 FITTING: Final = "random"
 OTHER: Final = "silent"
 MAX_TOKENS: Final = 2000
-FEW: Final = 20
 _ROWS: Final = 64
 _REPAIR: Final = (
     'That cannot be read. Answer again with one JSON object and nothing else: {{"fitting": [...], "other": [...]}}, '
@@ -271,20 +271,38 @@ def measure(subject: Subject, coder: SparseCoder, index: int, texts: Sequence[st
 
 def own_scores(view: LatentView, judged: Sequence[Judgement]) -> tuple[Score, ...]:
     """Return the scores of an explanation from what the latent did on its texts."""
-    asked = len(judged)
-    known = [j for j in judged if j.prediction is not None]
-    truth = np.array([j.truth for j in known], bool)
-    fits = np.array([bool(j.prediction) for j in known], bool)
-    # A text that should fire is a true case, and the latent says which it takes for one.
-    both = metrics.balanced_accuracy(fits, truth)
-    written = np.array([j.activation for j in known if j.prediction], np.float64)
-    latent = view.latent
+    latent, known = view.latent, sum(j.prediction is not None for j in judged)
+    fitting = [j for j in judged if j.stratum == FITTING]
+    written = sum(j.prediction is not None for j in fitting)
     return (
         _share(latent, HEADLINE, judged, fits=True),
         _share(latent, "specificity", judged, fits=False),
-        score_of(latent, NAME, "balanced_accuracy", _flagged(both, len(known)), asked, len(known)),
-        score_of(latent, NAME, "clarity", clarity(written, natural(view)), len(written), len(written)),
+        score_of(latent, NAME, "balanced_accuracy", _flagged(_both(judged), known), len(judged), known),
+        score_of(latent, NAME, "clarity", _flagged(_clarity(fitting, natural(view)), written), len(fitting), written),
     )
+
+
+def _both(judged: Sequence[Judgement]) -> Interval:
+    """Return the balanced accuracy: a text that should fire is a true case, and the latent says which it takes for one.
+
+    ``floor`` and ``ceiling`` take what is missing for texts that do as they should not, or as they should.
+    """
+    fits = np.array([j.stratum == FITTING for j in judged], bool)
+    fired = np.array([j.truth for j in judged], bool)
+    known = np.array([j.prediction is not None for j in judged], bool)
+    worst, best = (metrics.balanced_accuracy(fits, np.where(known, fired, fits == right)) for right in (False, True))
+    return replace(metrics.balanced_accuracy(fits[known], fired[known]), floor=worst.low, ceiling=best.high)
+
+
+def _clarity(fitting: Sequence[Judgement], beside: Array) -> Interval:
+    """Return the clarity of texts; ``floor`` and ``ceiling`` take missing ones for silent, or for the strongest."""
+    written = np.array([j.activation for j in fitting if j.prediction is not None], np.float64)
+    missing = len(fitting) - len(written)
+    found = clarity(written, beside)
+    if not missing:
+        return found
+    worst, best = (clarity(np.append(written, [end] * missing), beside) for end in (0.0, math.inf))
+    return replace(found, floor=worst.low, ceiling=best.high)
 
 
 def control_scores(
@@ -300,9 +318,7 @@ def control_scores(
     intervals = [_wilson(one, fits=True) for one in others]
     beside = control_score(latent, NAME, HEADLINE, control, intervals, n_total=n_total, n_scored=n_scored)
     mine, theirs = _wilson(own, fits=True), _wilson([j for one in others for j in one], fits=True)
-    lift = _difference(mine, theirs)
-    if control == OTHER_LATENT and len(others) < MIN_DONORS:
-        lift = replace(lift, flags=tuple(dict.fromkeys((*lift.flags, "few_donors"))))
+    lift = of_donors(_difference(mine, theirs), control, len(others))
     total = _share(latent, HEADLINE, own, fits=True).n_total if others else 0
     return beside, score_of(latent, NAME, HEADLINE + LIFT, lift, total, min(mine.n, total), control)
 
@@ -368,7 +384,7 @@ def _difference(own: Interval, other: Interval) -> Interval:
 
 def _flagged(interval: Interval, n: int) -> Interval:
     """Return an interval with its number of texts as documents: each is one of its own."""
-    return replace(interval, n_documents=n, flags=("few_documents",) if 0 < n < FEW else ())
+    return marked(interval, n) if n else interval
 
 
 def _judgements(written: Written, found: Mapping[str, Measured]) -> tuple[Judgement, ...]:

@@ -11,13 +11,12 @@ import numpy as np
 
 from exegete.metrics import Interval
 from exegete.metrics.clustered import FIRING, Documents, t_of
-from exegete.scorers.controls import LIFT, MIN_DONORS, OTHER_LATENT, score_of
+from exegete.metrics.failures import marked
+from exegete.scorers.controls import LIFT, of_donors, score_of
 from exegete.scorers.intervention_prompts import Prompt
 from exegete.types import Array, Judgement, LatentId, Score
 
-RANDOM_DIRECTION: Final = "random_direction"
 METHOD: Final = "CR2 t by document"
-FEW_DOCUMENTS: Final = 20
 MIN_PROMPTS: Final = 5
 """Fewer prompts than these give no score."""
 
@@ -87,9 +86,7 @@ class Measured:
         low, high = self.bounds
         bounds = (low - high, high - low) if paired else (low, high)
         interval = mean_by_document(found, np.array([p.document for p in self.prompts]), bounds)
-        if control == OTHER_LATENT and self.donors < MIN_DONORS:
-            interval = replace(interval, flags=(*interval.flags, "few_donors"))
-        return score_of(latent, scorer, metric, interval, n, interval.n, control)
+        return score_of(latent, scorer, metric, of_donors(interval, control, self.donors), n, interval.n, control)
 
     def judgements(self, at: int) -> dict[str, tuple[Judgement, ...]]:
         """Return the values of one condition as judgements by control; the unit is the last token of a prompt."""
@@ -137,15 +134,7 @@ def _mean(values: Array, documents: Array, bounds: tuple[float, float], level: f
         error = math.sqrt(float((within.shares(values)[:, FIRING] ** 2).sum()))
         half = t_of(level, within.freedom(np.array([0.0, 1.0]))) * error
         low, high = max(low, value - half), min(high, value + half)
-    return Interval(
-        value=value,
-        low=min(low, value),
-        high=max(high, value),
-        method=METHOD,
-        n=n,
-        n_documents=within.n,
-        flags=("few_documents",) if within.n < FEW_DOCUMENTS else (),
-    )
+    return marked(Interval(value=value, low=min(low, value), high=max(high, value), method=METHOD, n=n), within.n)
 
 
 def _judgement(prompt: Prompt, value: float) -> Judgement:

@@ -20,7 +20,7 @@ from exegete.examples.render import marked_texts, plain_texts
 from exegete.examples.similar import DEFAULT_MODEL
 from exegete.llm.client import gather_all, run_limited
 from exegete.llm.protocol import PROMPTS, intruder_messages, intruder_schema
-from exegete.metrics import Interval
+from exegete.metrics import Interval, failures
 from exegete.prompts import prompt_hash
 from exegete.scorers.controls import LIFT, score_of
 from exegete.scorers.embedders import Embedder, embedder_of
@@ -43,7 +43,6 @@ from exegete.views import LatentView, Need
 HEADLINE: Final = "accuracy"
 CHANCE: Final = "chance"
 MAX_TOKENS: Final = 500
-FEW: Final = 20
 _REPAIR: Final = (
     'That names no excerpt. Answer again with one JSON object and nothing else: {{"intruder": NUMBER}}, a number from '
     "1 to {n}."
@@ -231,9 +230,8 @@ def trial_scores(
         metrics.wilson(right, answered),
         floor=metrics.wilson(right, total).low,
         ceiling=metrics.wilson(right + total - answered, total).high,
-        n_documents=n_documents,
-        flags=("few_documents",) if 0 < n_documents < FEW else (),
     )
+    found = failures.marked(found, n_documents) if n_documents else found
     chance = Interval(value=1 / n, low=1 / n, high=1 / n, method="exact", n=total)
     above = replace(
         found,

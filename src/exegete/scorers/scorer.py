@@ -58,7 +58,7 @@ class Scorer(ABC):
         return view.llm is not None and "llm" in self.needs
 
     def planned(self, explanation: Explanation, view: LatentView) -> Sequence[LLMRequest] | None:
-        """Return the requests that scoring would send; None where they are counted by scoring with a client that counts.
+        """Return the requests that scoring would send; None where scoring with a client that counts tells.
 
         For scorers that run a subject, which no plan loads.
         """

@@ -24,11 +24,11 @@ from exegete.metrics.observed import FAILED
 from exegete.prompts import prompt_hash
 from exegete.scorers.controls import (
     LIFT,
-    MIN_DONORS,
     OTHER_LATENT,
     by_control,
     control_score,
     named_controls,
+    of_donors,
     panel,
     score_of,
 )
@@ -292,9 +292,7 @@ def control_scores(latent: LatentId, control: str, own: Observed, others: Sequen
     beside = control_score(
         latent, NAME, HEADLINE, control, intervals, n_total=n_total, n_scored=n_scored, bounds=(-1.0, 1.0)
     )
-    lift = correlation_lift(own, others)
-    if control == OTHER_LATENT and len(others) < MIN_DONORS:
-        lift = replace(lift, flags=tuple(dict.fromkeys((*lift.flags, "few_donors"))))
+    lift = of_donors(correlation_lift(own, others), control, len(others))
     return beside, score_of(latent, NAME, HEADLINE + LIFT, lift, len(own) if others else 0, lift.n, control)
 
 

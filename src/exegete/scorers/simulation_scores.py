@@ -22,9 +22,10 @@ import numpy as np
 
 from exegete import metrics
 from exegete.metrics import Interval, Observed
+from exegete.metrics.failures import marked
+from exegete.metrics.inputs import clamped
 from exegete.types import Array
 
-FEW: Final = 20
 CONSTANT: Final = "constant prediction"
 _JACKKNIFE: Final = "jackknife-t"
 _FISHER: Final = "jackknife-fisher-z"
@@ -44,9 +45,23 @@ def correlation(observed: Observed) -> Interval:
 def population_correlation(observed: Observed) -> Interval:
     """Return the correlation over all tokens of the test frame: each token counts with its window's weight.
 
-    The interval is a jackknife over documents on Fisher's scale with Student's quantile.
+    The interval is a jackknife over documents on Fisher's scale with Student's quantile. ``floor`` and ``ceiling`` give
+    each missing prediction the lowest or highest of those given, against its activation and with it.
     """
-    known = _known(observed)
+    known, missing = _known(observed), np.isnan(observed.score)
+    found = _population(known)
+    if not missing.any() or not found.n:
+        return found
+    strong = observed.activation > np.average(known.activation, weights=known.weight)
+    worst, best = (
+        np.where(missing, np.where(strong == right, known.score.max(), known.score.min()), observed.score)
+        for right in (False, True)
+    )
+    low, high = (_population(replace(observed, score=scores)) for scores in (worst, best))
+    return replace(found, floor=low.low, ceiling=high.high)
+
+
+def _population(known: Observed) -> Interval:
     if not len(known) or not np.ptp(known.activation):
         return _undefined(_FISHER)
     if not np.ptp(known.score):
@@ -65,9 +80,11 @@ def population_correlation(observed: Observed) -> Interval:
 def correlation_lift(own: Observed, others: Sequence[Observed]) -> Interval:
     """Return the correlation of ``own`` minus the mean of the others', on the tokens that all predict.
 
-    All are of the same tokens in the same order. The interval is a jackknife over documents of the difference itself,
-    with Student's quantile; ``floor`` and ``ceiling`` set the failures of one side against those of the other.
+    All are of the same tokens in the same order; another that predicts no token is left out. The interval is a
+    jackknife over documents of the difference itself, with Student's quantile; ``floor`` and ``ceiling`` set the
+    failures of one side against those of the other.
     """
+    others = [other for other in others if not np.isnan(other.score).all()]
     panel = (own, *others)
     both: Array = ~np.isnan(np.stack([observed.score for observed in panel])).any(axis=0)
     kept = [observed.take(both) for observed in panel]
@@ -94,9 +111,17 @@ def correlation_lift(own: Observed, others: Sequence[Observed]) -> Interval:
 def explained(observed: Observed) -> dict[str, Interval]:
     """Return ``rsquared`` and ``absolute_dev_explained`` of predictions in the activation's own units.
 
-    The intervals are jackknives over documents with Student's quantile. Undefined where no token fires.
+    The intervals are jackknives over documents with Student's quantile. Undefined where no token fires. Missing
+    predictions may be off by any amount: with them ``floor`` is −∞, and ``ceiling`` takes them for right.
     """
-    known = _known(observed)
+    found, missing = _both_explained(_known(observed)), np.isnan(observed.score)
+    if not missing.any():
+        return found
+    best = _both_explained(replace(observed, score=np.where(missing, observed.activation, observed.score)))
+    return {name: replace(one, floor=-math.inf, ceiling=best[name].high) for name, one in found.items()}
+
+
+def _both_explained(known: Observed) -> dict[str, Interval]:
     error = known.activation - known.score
     shares = {
         "rsquared": (error * error, known.activation * known.activation),
@@ -170,15 +195,7 @@ def _nothing(known: Observed) -> Interval:
 
 
 def _interval(value: float, low: float, high: float, n: int, n_documents: int, limits: tuple[float, float]) -> Interval:
-    return Interval(
-        value=value,
-        low=min(max(low, limits[0]), value),
-        high=max(min(high, limits[1]), value),
-        method=_JACKKNIFE,
-        n=n,
-        n_documents=n_documents,
-        flags=("few_documents",) if n_documents < FEW else (),
-    )
+    return marked(clamped(value, low, high, _JACKKNIFE, n, lowest=limits[0], highest=limits[1]), n_documents)
 
 
 def _undefined(method: str) -> Interval:

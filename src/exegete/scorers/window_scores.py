@@ -9,6 +9,7 @@ import numpy as np
 
 from exegete import metrics
 from exegete.metrics import FrameCounts, Interval, Observed
+from exegete.metrics.inputs import clamped
 from exegete.metrics.observed import FAILED
 from exegete.scorers.controls import control_score, lift_score, score_of
 from exegete.types import STRATA, LatentId, Score
@@ -21,6 +22,8 @@ DRAWS: Final = 250
 """Simulations for responsiveness and purity, each of which sorts the whole frame: more would take most of the time."""
 _RATES: Final = {"sensitivity": True, "specificity": False}
 _OF_NUMBERS: Final = frozenset({RANKED, "pearson", "ece", "brier", "population_auprc"})
+_OF_EITHER: Final = "population_pearson"
+"""It is of P(yes), or of verdicts where there is none."""
 
 
 def own_scores(
@@ -88,9 +91,9 @@ def outside_score(scorer: str, latent: LatentId, outside: Sequence[float | None]
     """Return the mean probability mass that a judge put on neither yes nor no, with Student's t interval in [0, 1]."""
     known = [mass for mass in outside if mass is not None]
     mean = metrics.mean_interval(known)
-    low, high = max(0.0, mean.low), min(1.0, mean.high)
-    bounded = Interval(value=mean.value, low=low, high=high, method=mean.method, n=mean.n)
-    return score_of(latent, scorer, OUTSIDE, bounded, len(outside), len(known))
+    if known:
+        mean = clamped(mean.value, mean.low, mean.high, mean.method, mean.n)
+    return score_of(latent, scorer, OUTSIDE, mean, len(outside), len(known))
 
 
 def _main(observed: Observed, probabilities: bool) -> Mapping[str, Interval]:
@@ -100,7 +103,9 @@ def _main(observed: Observed, probabilities: bool) -> Mapping[str, Interval]:
 
 def _counts(observed: Observed, metric: str) -> tuple[int, int]:
     """Return how many judgements a metric is of, and how many of them it could use."""
-    usable = ~np.isnan(observed.score) if metric in _OF_NUMBERS else observed.prediction != FAILED
+    known = ~np.isnan(observed.score)
+    numbers = metric in _OF_NUMBERS or (metric == _OF_EITHER and bool(known.any()))
+    usable = known if numbers else observed.prediction != FAILED
     rate, _, stratum = metric.partition("_")
     if rate in _RATES and stratum in STRATA:
         usable = usable[(observed.stratum == STRATA.index(stratum)) & (observed.truth == _RATES[rate])]
