@@ -4,7 +4,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-collect bench-examples bench-llm oracles train setup clean
+.PHONY: demo test lint validate bench bench-collect bench-examples bench-llm bench-scores oracles train setup clean
 
 setup: .venv/ready
 
@@ -32,6 +32,16 @@ train: setup
 	cp $(WORK)/tokenizer/tokenizer.json $(WORK)/tokenizer/tokenizer_config.json $(WORK)/lm/hf
 	$(BIN)/python training/coders.py --model $(WORK)/lm/hf --out $(WORK)/coders
 	$(BIN)/python training/card.py --work $(WORK) --assets src/exegete/demo/assets
+
+# Every scorer on latents of known truth: the page of the documentation.
+validate: setup
+	$(BIN)/exegete validate --scorers all --page docs/validation.md
+
+# What intervals cover and what judging in rounds saves, over simulated latents (half an hour on two cores).
+bench-scores: setup
+	$(BIN)/python -m benchmarks.coverage
+	$(BIN)/python -m benchmarks.population
+	$(BIN)/python -m benchmarks.sequential --save
 
 bench: setup
 	$(BIN)/python benchmarks/rules.py
