@@ -71,12 +71,14 @@ class Keys:
         """What the scores of explanations under the key ``explained`` rest on."""
         made = make_scorer(scorer, self._config)
         scoring = self._config.scoring
+        judge = made.judged_by(llm)
+        asked = llm is not None and judge == llm.name
         return {
             "explain": explained,
             "scorer": dict(made.spec),
-            "prompt": made.prompt_hash if llm else "",
-            "judge": llm.name if llm else "rule",
-            "temperature": llm.temperature if llm else None,
+            "prompt": "" if judge == "rule" else made.prompt_hash,
+            "judge": f"{scoring.reader} (reader)" if judge == "reader" else judge,
+            "temperature": llm.temperature if llm is not None and asked else None,
             "donors": self._config.donors,
             **({"near": scoring.near} if "near" in made.needs else {}),
             **({"reader": scoring.reader} if "reader" in made.needs else {}),

@@ -26,7 +26,7 @@ from exegete.preparing import RANDOM_CODER, RANDOM_SUBJECT, Loader, Prepared, pr
 from exegete.progress import Progress, Silent
 from exegete.runs import FORMAT, Run, alive, drawn, with_random_negatives
 from exegete.scorers.scorer import make_scorer
-from exegete.scoring import ScoreStage, at_once, block_size, require_llm
+from exegete.scoring import ScoreStage, at_once, block_size, check_scorers, require_llm
 from exegete.types import ExampleSet, LatentId, Skipped
 from exegete.views import LatentView, Need
 
@@ -224,6 +224,7 @@ class Pipeline:
 
     def score(self, llm: LLMClient | None = None) -> None:
         """Score every explanation with every scorer, each beside its nulls."""
+        check_scorers(self.config)  # before these settings become the run's
         results = self.run.results(readonly=False)
 
         def explain_rules(coder: str) -> None:
@@ -372,6 +373,7 @@ def run_pipeline(
     """Run every stage and return the run; whatever is already there is not done again."""
     _check_folder(Path(folder))
     with language_model(config, folder, llm) as client:
+        check_scorers(config)
         users = users_of_llm(config)
         for who, needs in users.items():
             require_llm(needs, client, who)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
 from exegete.config import RunConfig
-from exegete.donors import choose_donors
+from exegete.donors import choose_donors, choose_near
 from exegete.explainers.explainer import Explainer, explainers
 from exegete.files import hash_json
 from exegete.keys import Keys
@@ -29,9 +29,10 @@ from exegete.planning import (
 )
 from exegete.runs import Run, drawn
 from exegete.scorers.scorer import Scorer, make_scorer
+from exegete.scoring import near_of
 from exegete.tokens import TokenTable
-from exegete.types import Example, ExampleSet, Explanation, LatentId, LLMRequest, Split
-from exegete.views import Donor, LatentView, Near
+from exegete.types import Example, ExampleSet, Explanation, Firings, LatentId, LLMRequest, Rows, Split
+from exegete.views import Donor, LatentView, Near, SplitData
 
 if TYPE_CHECKING:
     from exegete.results import Results
@@ -50,7 +51,11 @@ def plan(config: RunConfig, run: Run | None = None) -> Plan:
     prices are not understood; nothing is sent.
     """
     from exegete.llm.prices import load_prices
+    from exegete.llm.reading import check_reader
 
+    made = [make_scorer(name, config) for name in config.scorers]
+    if any("reader" in scorer.needs for scorer in made):
+        check_reader(config.scoring.reader)
     spec = config.llm.llm
     price = None if spec == "none" else load_prices(config.llm.prices).price_of(spec)
     count, count_prompt, exact = _counter(config)
@@ -149,11 +154,17 @@ def _of_coder(
     # What is skipped or unparsed is never scored.
     judged = [i for i in chosen if i in usable or (i not in done and i not in without)]
     donors = _n_donors(run, coder, judged, config.donors)
+    near = _near(
+        run, coder, [usable.get(i) or _planned(LatentId(coder=coder, index=i), client) for i in judged[:_MANY]], config
+    )
     for name in config.scorers:
         done = _done(results, coder, hash_json(keys.score(name, client, key)))
         left = [i for i in judged if i not in done]
         some, sampled = views(left)
-        items = [(e, _beside(v, donors[v.latent.index], e, config)) for e, v in _explained(some, usable, client)]
+        items = [
+            (e, _beside(v, donors[v.latent.index], e, config, near.get(v.latent, ())))
+            for e, v in _explained(some, usable, client)
+        ]
         yield _scoring(coder, name, make_scorer(name, config), items, sampled, len(chosen), len(left), client)
 
 
@@ -169,6 +180,12 @@ def _n_donors(run: Run, coder: str, judged: Sequence[int], wanted: int) -> Mappi
     return {latent.index: len(donors) for latent, donors in chosen.items()}
 
 
+def _near(run: Run, coder: str, those: Sequence[Explanation], config: RunConfig) -> Mapping[LatentId, tuple[Near, ...]]:
+    """Return the nearest of some latents, where a scorer takes them; among more latents there are nearer ones."""
+    wanted = max((near_of(make_scorer(name, config)) for name in config.scorers), default=0)
+    return choose_near(run.store(coder), those, count=wanted) if wanted and those else {}
+
+
 def _done(results: Results | None, coder: str, key: str, *, failed: bool = True) -> set[int]:
     done = set() if results is None else results.done(key, failed=failed)
     return {latent.index for latent in done if latent.coder == coder}
@@ -178,7 +195,7 @@ def _explained(
     views: Sequence[LatentView], known: Mapping[int, Explanation], client: CountingClient
 ) -> Iterator[tuple[Explanation, LatentView]]:
     for view in views:
-        yield known.get(view.latent.index) or _placeholder(view, client), view
+        yield known.get(view.latent.index) or _planned(view.latent, client), view
 
 
 def _views(run: Run, coder: str, indices: Sequence[int], config: RunConfig, client: CountingClient) -> list[LatentView]:
@@ -232,14 +249,15 @@ def _scaled(client: CountingClient, left: int, sampled: int) -> Asked:
     return whole.times(left / sampled if sampled else 0.0)
 
 
-def _placeholder(view: LatentView, client: CountingClient) -> Explanation:
-    return Explanation(latent=view.latent, text=client.explanation, status="ok", explainer={"name": "planned"})
+def _planned(latent: LatentId, client: CountingClient) -> Explanation:
+    return Explanation(latent=latent, text=client.explanation, status="ok", explainer={"name": "planned"})
 
 
-def _beside(view: LatentView, n: int, explanation: Explanation, config: RunConfig) -> LatentView:
-    """Return a view with as many donors and near latents as there will be, and the reader where it is a server."""
+def _beside(
+    view: LatentView, n: int, explanation: Explanation, config: RunConfig, near: tuple[Near, ...]
+) -> LatentView:
+    """Return a view with as many donors as there will be, near latents, and the reader where it is a server."""
     donors = tuple(Donor(explanation=explanation, rank=rank) for rank in range(n))
-    near = tuple(Near(explanation=explanation, similarity=0.5) for _ in range(config.scoring.near))
     served = config.scoring.reader.partition("/")[0] not in ("auto", "subject", "hf")
     reader = ServerReader(view.require_llm()) if served else None
     return dataclasses.replace(view, donors=donors, near=near, reader=reader)
@@ -251,9 +269,13 @@ def _of_config(config: RunConfig, client: CountingClient) -> list[StagePlan]:
     stages = []
     views = [_made_up(config, client, number) for number in range(_MADE_UP)]
     explainer = explainers.from_text(config.explainer)
+    near = max((near_of(make_scorer(name, config)) for name in config.scorers), default=0)
     for coder, wanted in coders.items():
         donors = min(config.donors, max(0, wanted - 1))
-        items = [(e, _beside(v, donors, e, config)) for e, v in _explained(views, {}, client)]
+        items = [
+            (e, _beside(v, donors, e, config, tuple(Near(explanation=e, similarity=0.5) for _ in range(near))))
+            for e, v in _explained(views, {}, client)
+        ]
         stages.append(_explaining(coder, explainer, views, _MADE_UP, wanted, wanted, client))
         for name in config.scorers:
             stages.append(_scoring(coder, name, make_scorer(name, config), items, _MADE_UP, wanted, wanted, client))
@@ -337,4 +359,35 @@ def _made_up(config: RunConfig, client: CountingClient, number: int) -> LatentVi
     made = ExampleSet(
         latent=latent, examples=tuple(examples), maximum=1.0, firing_rate=0.5, frame=len(examples), seed=0, table=table
     )
-    return LatentView(latent=latent, tokens=table, examples=made, llm=client)
+    return LatentView(latent=latent, tokens=table, examples=made, data=_MadeUp(table, window), llm=client)
+
+
+@final
+class _MadeUp(SplitData):
+    """No rows, in which nothing fires."""
+
+    def __init__(self, table: TokenTable, length: int) -> None:
+        self._table, self._length = table, length
+
+    @property
+    def tokens(self) -> TokenTable:
+        """The table of the made-up words."""
+        return self._table
+
+    def rows(self, split: Split) -> Rows:
+        """Return no rows, whatever the split."""
+        none = np.zeros((0, self._length), np.int32)
+        return Rows(tokens=none.astype(np.uint32), documents=none, mask=none.astype(bool))
+
+    def firings(self, indices: Sequence[int], split: Split) -> list[Firings]:
+        """Return no firings for each latent."""
+        none = np.zeros(0, np.int64)
+        return [
+            Firings(
+                latent=LatentId(coder="made-up", index=index),
+                rows=none,
+                positions=none.astype(np.int32),
+                values=none.astype(np.float32),
+            )
+            for index in indices
+        ]

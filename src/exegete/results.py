@@ -381,7 +381,7 @@ class Results:
     def scored_with(
         self, coder: str, scorer: str, explainer: str, *, plumbing: bool | None = None
     ) -> Mapping[str, Any]:
-        """Return the options that a scorer last scored the explanations of a stage with; empty where they are not known.
+        """Return the options with which a scorer last scored the explanations of a stage; empty where not known.
 
         ``plumbing`` is as for ``score_column``.
         """

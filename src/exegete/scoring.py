@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from exegete.config import RunConfig
 from exegete.donors import choose_donors, choose_near
-from exegete.errors import InputError
+from exegete.errors import ConfigError, InputError
 from exegete.files import hash_json
 from exegete.keys import Keys
 from exegete.llm.client import LLMClient
@@ -53,13 +53,14 @@ class ScoreStage:
         self._run, self._config, self._loader, self._progress = run, config, loader, progress
         self._explain_rules = explain_rules
         self._keys = Keys(run, config)
+        self._near = 0  # how many near latents the scorer that takes most of them wants
 
     def score(self, results: Results, llm: LLMClient | None) -> None:
         """Score what is explained and not yet scored. Raises InputError when a scorer lacks something."""
-        made = {name: make_scorer(name, self._config) for name in self._config.scorers}
+        made = check_scorers(self._config)
         for name, scorer in made.items():
             require_llm(scorer.needs, llm, f"scorer {name!r}")
-            scorer.check()
+        self._near = max(map(near_of, made.values()), default=0)
         for coder in self._run.coders():
             explained = self._keys.explained(coder, llm, results)
             explanations = results.explanations(coder=coder, key=explained)
@@ -81,7 +82,7 @@ class ScoreStage:
     def _of_no_model(self, spec: Mapping[str, Any], results: Results) -> bool:
         """Return whether the explanations judged were made up by a simulated model."""
         made_by = results.stages().get(spec["explain"], ("", {}))[1]
-        return str(made_by.get("llm", "")).startswith("simulated")
+        return str(made_by.get("llm", "")).startswith(("simulated", "scripted"))
 
     def _ready(
         self,
@@ -98,7 +99,7 @@ class ScoreStage:
             self._ready_negatives(coder)
             beside.donors = choose_donors(store, explanations, count=self._config.donors)
         if "near" in scorer.needs and beside.near is None:
-            beside.near = choose_near(store, explanations, count=self._config.scoring.near)
+            beside.near = choose_near(store, explanations, count=self._near)
         for need, load in (
             ("subject", lambda: self._loader.subject(coder)),
             ("coder", lambda: self._loader.coder(coder)),
@@ -154,11 +155,45 @@ class ScoreStage:
                 )
                 items.append((explanation, view))
             plumbing = made_up or any(scorer.plumbing(view) for _, view in items[:1])
+            # A reader of this process fails at what it can never read; a server's calls may be made again.
+            final = "reader" in scorer.needs and "llm" not in scorer.needs and loaded["reader"].final
             for scoring in scorer.score(items, concurrency=at_once(llm, self._config)):
                 found = flagged(scoring, "plumbing") if plumbing else scoring
-                whole = all(j.status != "failed" for j in scoring.judgements.get("none", ()))
-                results.add_scoring(found, key, ids[scoring.explanation.latent], scorer=scorer.label, final=whole)
+                latent = scoring.explanation.latent
+                if scoring.reason and not scoring.scores:
+                    results.add_skip(
+                        Skipped(latent=latent, stage=scorer.label, reason=scoring.reason, have=0, need=1), key
+                    )
+                else:
+                    failed = any(j.status == "failed" for given in scoring.judgements.values() for j in given)
+                    results.add_scoring(found, key, ids[latent], scorer=scorer.label, final=final or not failed)
                 self._progress.advance(1)
+
+
+def check_scorers(config: RunConfig) -> dict[str, Scorer]:
+    """Return the scorers that a configuration names. Raises InputError for what is wrong, before any work starts.
+
+    Scorers that store their scores under one name have one set of arguments: a report could show only one of them.
+    """
+    from exegete.llm.reading import check_reader
+
+    made = {name: make_scorer(name, config) for name in config.scorers}
+    labels: dict[str, str] = {}
+    for name, scorer in made.items():
+        other = labels.setdefault(scorer.label, name)
+        if made[other].spec != scorer.spec:
+            raise ConfigError(
+                f"scorers {other!r} and {name!r} both store their scores as {scorer.label!r}; score with one of them"
+            )
+        if "reader" in scorer.needs:
+            check_reader(config.scoring.reader)
+        scorer.check()
+    return made
+
+
+def near_of(scorer: Scorer) -> int:
+    """Return how many of the nearest latents a scorer takes."""
+    return int(scorer.spec.get("args", {}).get("near", 0)) if "near" in scorer.needs else 0
 
 
 def flagged(scoring: Scoring, flag: str) -> Scoring:

@@ -81,3 +81,15 @@ def test_signs_are_faint_and_single_spaces_stay() -> None:
 def test_flattened_names_are_dotted() -> None:
     data = {"a": {"b": 1234, "c": [1, 2]}, "d": None, "e": True, "f": 0.5}
     assert flattened(data) == [("a.b", "1,234"), ("a.c", "1, 2"), ("d", "–"), ("e", "True"), ("f", "0.5")]
+
+
+def test_nested_findings_become_named_lines_and_no_source_of_python() -> None:
+    data = {"near": [{"latent": "a/1", "n": 1200, "low": None}, {"latent": "a/2"}], "kl": [0.123456, None], "on": True}
+    assert flattened(data) == [
+        ("near 1.latent", "a/1"),
+        ("near 1.n", "1,200"),
+        ("near 1.low", "–"),
+        ("near 2.latent", "a/2"),
+        ("kl", "0.1235, –"),
+        ("on", "True"),
+    ]

@@ -44,6 +44,7 @@ def test_a_latent_is_measured_as_when_each_text_is_read_alone(ran: tuple[Any, An
                 assert measured == Measured(activation=0.0, token="")
                 continue
             states = subject.capture(tokens, None, [coder.point])[coder.point][0]
+            assert measured is not None
             code = coder.encode(states[len(begin) :])
             values = ((code.indices == index) * code.values).sum(dim=1)
             assert measured.activation == pytest.approx(max(0.0, float(values.max())), abs=1e-5)
@@ -52,6 +53,13 @@ def test_a_latent_is_measured_as_when_each_text_is_read_alone(ran: tuple[Any, An
                 assert measured.token == subject.token_table().texts[ids[int(values.argmax())]]
     assert fired > 5
     assert measure(subject, coder, 0, []) == []
+
+
+def test_a_text_longer_than_the_subject_reads_is_missing_and_not_silent(ran: tuple[Any, Any]) -> None:
+    subject, coder = ran
+    positions = subject.model.config.max_position_embeddings
+    long, short = "home " * (positions + 1), "the cat sat on a mat"
+    assert measure(subject, coder, 0, [long, short, long]) == [None, *measure(subject, coder, 0, [short]), None]
 
 
 # -- scores, with latents that are known -----------------------------------------------------------------------------

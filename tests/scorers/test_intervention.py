@@ -236,7 +236,7 @@ def test_boosted_tokens_are_found_on_other_prompts(subject: Subject, coder: Line
 def test_an_explanation_without_tokens_has_no_score(subject: Subject, coder: LinearCoder, data: ToyData) -> None:
     scoring = run(InterventionScorer(kind="tokens", **SMALL), (explanation(0), view(data, subject, coder)))
     assert scoring.scores == ()
-    assert "names no tokens" in scoring.detail["reason"]
+    assert "names no tokens" in scoring.reason
 
 
 def test_token_sets_are_those_of_the_token_itself() -> None:
@@ -346,7 +346,7 @@ def test_a_reader_of_no_language_reads_a_few_prompts_to_check_the_plumbing(
 ) -> None:
     given, scorer = view(data, subject, coder, reader=CountingReader(natural=False)), InterventionScorer(**SMALL)
     assert scorer.plumbing(given)
-    assert {s.n_total for s in run(scorer, (explanation(), given)).scores} == {8}
+    assert {s.n_total for s in run(scorer, (explanation(), given)).scores} == {4}
     tokens = InterventionScorer(kind="tokens", **SMALL)
     assert not tokens.plumbing(given)
     assert {s.n_total for s in run(tokens, (explanation(0, TOKEN), given)).scores} == {12}

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from exegete.analysis.shapes import HEADLINE, Agreement, CoderSummary, ExplainerSummary, LLMLift, OutputLatent, Retest
+from exegete.analysis.shapes import (
+    HEADLINE,
+    Agreement,
+    CoderSummary,
+    Collision,
+    ExplainerSummary,
+    LLMLift,
+    OutputLatent,
+    Retest,
+)
 from exegete.metrics import Interval, paired_lift
 from exegete.results import Results
 from exegete.results_columns import ScoreColumn
+from exegete.scorers.contrast import collisions
 from exegete.scorers.intervention_retest import reliability
 from exegete.types import Array
 
@@ -18,6 +29,8 @@ LEAST = 8
 """Latents below which no correlation is told."""
 CAUSAL, RANDOM, JUDGED = "intervention", "random_direction", ("detection", "fuzzing")
 N_OUTPUT = 20
+DISCRIMINATION = "discrimination"
+EMBEDDED = ("embedding", "example_embedding")
 
 
 def agreements(results: Results, coder: CoderSummary, explainer: ExplainerSummary) -> tuple[Agreement, ...]:
@@ -101,7 +114,7 @@ def output_latents(results: Results, coder: CoderSummary, explainer: ExplainerSu
     section 3.2.1).
     """
     by = {s.scorer: s for s in explainer.measured}
-    causal = next((s for name, s in by.items() if name.startswith(CAUSAL)), None)
+    causal = next((s for name, s in by.items() if name.startswith(CAUSAL) and "ablate" not in name), None)
     judged = next((by[name] for name in JUDGED if name in by), None)
     if causal is None or judged is None:
         return ()
@@ -136,6 +149,22 @@ def retests(results: Results, coder: CoderSummary, explainer: ExplainerSummary) 
     )
 
 
+def collided(results: Results, coder: CoderSummary, explainer: ExplainerSummary) -> tuple[Collision, ...]:
+    """Return clusters of latents whose explanations do not tell each other apart, largest first; measurements only."""
+    if not any(s.scorer == DISCRIMINATION for s in explainer.measured):
+        return ()
+    details = results.details(coder.name, DISCRIMINATION, explainer=explainer.key)
+    clusters = collisions({f"{coder.name}/{index}": found for index, found in details.items()})
+    return tuple(
+        Collision(
+            coder=coder.name,
+            explainer=explainer.name,
+            latents=tuple(sorted(int(name.rpartition("/")[2]) for name in cluster)),
+        )
+        for cluster in clusters
+    )
+
+
 def shared(left: ScoreColumn, right: ScoreColumn) -> tuple[Array, Array]:
     """Return the values of two metrics over the latents that have both, in order of latent."""
     _, here, there = np.intersect1d(left.index, right.index, assume_unique=True, return_indices=True)
@@ -146,7 +175,9 @@ def shared(left: ScoreColumn, right: ScoreColumn) -> tuple[Array, Array]:
 
 def _judged_by(results: Results, coder: str, scorer: str, metric: str, explainer: str, judge: str) -> ScoreColumn:
     """Return the scores of a stage's explanations by one judge, named as the summary names it."""
-    wanted = [key for key, (_, spec) in results.stages().items() if _judge_name(spec) == judge]
+    wanted = [
+        key for key, (_, spec) in results.stages().items() if isinstance(spec, Mapping) and judge_name(spec) == judge
+    ]
     rows = [
         s
         for key in wanted
@@ -166,9 +197,25 @@ def _explained_by(results: Results, key: str) -> str:
     return str(results.stages()[key][1].get("explain", ""))
 
 
-def _judge_name(spec: object) -> str:
-    judge = spec.get("judge") if isinstance(spec, Mapping) else None
-    return "executed rule" if judge == "rule" else str(judge or "").rpartition("#")[2] or str(judge or "")
+def judge_name(spec: Mapping[str, Any]) -> str:
+    """Return who judged under a scoring stage's options, as the report names it.
+
+    An executed rule, a language model by its short name, or what gave the vectors or the log probabilities.
+    """
+    scorer = spec.get("scorer") or {}
+    name, args = scorer.get("name"), scorer.get("args") or {}
+    judge = str(spec.get("judge") or "unknown")
+    if spec.get("reader"):
+        return f"reader {_short(str(spec['reader']))}"
+    if name in EMBEDDED or args.get("judge") == "embedding" or (args.get("embedder") and judge == "rule"):
+        return str(args.get("embedder", "embedder")).rstrip("/").rpartition("/")[2]
+    if name == CAUSAL:
+        return "the subject itself"
+    return "executed rule" if "rule" in (judge, args.get("judge")) else _short(judge)
+
+
+def _short(model: str) -> str:
+    return model.rpartition("#")[2] or model
 
 
 def matrix(found: Sequence[Agreement]) -> tuple[tuple[str, ...], Mapping[tuple[str, str], Agreement]]:

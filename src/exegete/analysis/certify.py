@@ -37,8 +37,8 @@ def certify(
     fixed; ``bh`` asks for independence too. ``explainer`` is the key of an explaining stage, by default the newest with
     measured judgements. What failed is left out, or counted as wrong with ``worst``. Plumbing checks certify nothing.
 
-    Raises NotFoundError when a scorer has no judgements of the coder, InputError for one without balanced accuracy, for a
-    level, rate or correction that is none, and for p-values of latents that were judged in rounds.
+    Raises NotFoundError when a scorer has no judgements of the coder, InputError for one without balanced accuracy, a
+    level, rate or correction that is none, and p-values of latents that were judged in rounds.
     """
     if correction not in ("e-bh", "by", "bh"):
         raise InputError(f"the correction is e-bh, by or bh, got {correction!r}")

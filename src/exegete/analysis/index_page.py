@@ -65,6 +65,11 @@ def index_context(
         "agreements": [(*group, *matrix(found)) for group, found in _grouped(summary.agreements).items()],
         "llm_lifts": summary.llm_lifts,
         "retests": summary.retests,
+        "collisions": [
+            [(i, pages.get(LatentId(coder=one.coder, index=i))) for i in one.latents]
+            for one in summary.collisions[:N_EXTREMES]
+        ],
+        "n_collisions": len(summary.collisions),
         "certified": [certified_line(one) for one in summary.certified],
         "output_latents": [(o, pages.get(LatentId(coder=o.coder, index=o.index))) for o in summary.output_latents],
         "histograms": [g for g in (histograms(results, c, e) for c, e in own) if g.figures],
@@ -196,7 +201,9 @@ def _scorer_rows(summary: RunSummary, *, plumbing: bool) -> list[dict[str, Any]]
             "halves": s.ties.value if s.metric in SCALES and SCALES[s.metric].chance == 0.5 else math.nan,
             "others": {"sensitivity": None, "specificity": None, **dict(s.others)},
             "more": [
-                (metric_text(name), found) for name, found in s.others if name not in ("sensitivity", "specificity")
+                (f"{metric_text(s.metric)}, mean over latents", s.mean),
+                (f"{metric_text(s.metric)}, mean weighted by firing rate", s.weighted),
+                *((metric_text(n), found) for n, found in s.others if n not in ("sensitivity", "specificity")),
             ],
         }
         for c in summary.coders

@@ -66,11 +66,20 @@ def flattened(data: Any, prefix: str = "") -> list[tuple[str, str]]:
         return [
             pair for key, value in data.items() for pair in flattened(value, f"{prefix}.{key}" if prefix else str(key))
         ]
+    if isinstance(data, list) and any(isinstance(value, dict | list) for value in data):
+        return [pair for i, value in enumerate(data, 1) for pair in flattened(value, f"{prefix} {i}".strip())]
     if isinstance(data, list):
-        data = ", ".join(str(value) for value in data)
+        data = ", ".join(map(_said, data))
     if isinstance(data, int) and not isinstance(data, bool):
         return [(prefix, f"{data:,}")]
-    return [(prefix, "–" if data in (None, "") else str(data))]
+    return [(prefix, _said(data))]
+
+
+def _said(value: Any) -> str:
+    """Return a plain value as text: a dash for none, no more digits than are worth reading."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "–" if value in (None, "") else str(value)
 
 
 def _grouped(value: int) -> str:

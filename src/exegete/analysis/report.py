@@ -11,7 +11,7 @@ import numpy as np
 from exegete.analysis.index_page import extremes, index_context
 from exegete.analysis.latent_page import latent_context
 from exegete.analysis.rendering import environment
-from exegete.analysis.shapes import RunSummary
+from exegete.analysis.shapes import CoderSummary, RunSummary
 from exegete.analysis.summary import ranking, summarise
 from exegete.files import write_text
 from exegete.results import Results
@@ -71,6 +71,12 @@ def _page_names(
     return names
 
 
+def _judges(coder: CoderSummary) -> dict[str, str]:
+    """Return who judged for each scorer; of measurements where there are some."""
+    found = [s for e in coder.explainers for s in e.scorers]
+    return {s.scorer: s.judge for s in sorted(found, key=lambda s: not s.plumbing)}
+
+
 def _write_latents(
     results: Results,
     summary: RunSummary,
@@ -82,7 +88,7 @@ def _write_latents(
 ) -> None:
     template = environment().get_template("latent.html.j2")
     stats = {s.latent: s for c in summary.coders for s in results.latents(c.name) if s.latent in names}
-    judges = {c.name: {s.scorer: s.judge for e in c.explainers for s in e.scorers} for c in summary.coders}
+    judges = {c.name: _judges(c) for c in summary.coders}
     mine: dict[LatentId, dict[int, Explanation]] = {}
     for id_, explanation in explanations.items():
         mine.setdefault(explanation.latent, {})[id_] = explanation

@@ -52,8 +52,8 @@ class ScorerSummary:
     ``judge`` is who judged; ``null`` is the control beside it, empty where it has none; ``plumbing`` says that its
     numbers check the pipeline and measure nothing. ``n`` latents have a score, ``n_unscored`` have none because every
     judgement failed; ``n_failed`` of ``n_total`` judgements failed; ``few_documents`` of the scores rest on fewer than
-    20 documents; ``ties`` is the share of nulls that are exactly 0.5; ``others`` are the medians of the scorer's other
-    metrics.
+    20 documents; ``mean`` is the macro mean over latents, ``weighted`` that by their firing rates; ``ties`` is the share
+    of nulls that are exactly 0.5; ``others`` are the medians of the scorer's other metrics.
     """
 
     scorer: str
@@ -67,6 +67,8 @@ class ScorerSummary:
     n_total: int
     few_documents: int
     median: Interval
+    mean: Interval
+    weighted: Interval
     null_mean: Interval
     null_median: Interval
     ties: Interval
@@ -223,6 +225,16 @@ class Retest:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Collision:
+    """Latents of a coder, by index, whose explanations do not tell each other apart."""
+
+    coder: str
+    explainer: str
+    latents: tuple[int, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Certified:
     """The latents among ``n`` whose balanced accuracy is certified to be above ``level`` at false-discovery ``rate``.
 
@@ -250,6 +262,7 @@ class RunSummary:
     llm_lifts: tuple[LLMLift, ...] = ()
     output_latents: tuple[OutputLatent, ...] = ()
     retests: tuple[Retest, ...] = ()
+    collisions: tuple[Collision, ...] = ()
     certified: tuple[Certified, ...] = ()
 
     def trained(self) -> tuple[CoderSummary, ...]:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
 
-from exegete.analysis.across import agreements, llm_lifts, output_latents, retests
+from exegete.analysis.across import agreements, collided, judge_name, llm_lifts, output_latents, retests
 from exegete.analysis.certify import certify
 from exegete.analysis.curves import judged_curves
 from exegete.analysis.shapes import (
@@ -27,6 +26,7 @@ from exegete.analysis.shapes import (
     HEADLINE,
     NULL,
     ROLES,
+    SCALES,
     THIRDS,
     CoderSummary,
     Contrast,
@@ -39,6 +39,7 @@ from exegete.analysis.shapes import (
 from exegete.analysis.text import table_text
 from exegete.files import canonical_json
 from exegete.metrics import difference_of_medians, mean_interval, median_interval, paired_lift, share_of_ties
+from exegete.metrics.over_latents import macro_mean
 from exegete.results import Results
 from exegete.results_columns import ScoreColumn
 from exegete.results_rows import plain
@@ -72,6 +73,7 @@ def summarise(results: Results) -> RunSummary:
                 for s in e.measured
                 if s.metric == HEADLINE and s.curves
             ),
+            collisions=tuple(found for c, e in own for found in collided(results, c, e)),
             retests=tuple(retest for c, e in own for retest in retests(results, c, e)),
             output_latents=tuple(latent for c, e in own for latent in output_latents(results, c, e)),
         )
@@ -152,7 +154,7 @@ def _explainer(results: Results, latents: _Latents, coder: str, key: str, name: 
     explanations = results.explanations(coder, key=key)
     statuses = Counter(e.status for e in explanations.values())
     kinds = [(scorer, metric) for scorer, metric in results.headlines() if scorer not in EXECUTED]
-    scorers = [_scorer(results, coder, key, *kind, plumbing) for plumbing in (False, True) for kind in kinds]
+    scorers = [_scorer(results, latents, coder, key, *kind, plumbing) for plumbing in (False, True) for kind in kinds]
     executed = results.score_column(coder, "execution", "auprc", explainer=key)
     present = executed.index[np.isfinite(executed.value)]
     mass = [results.score_column(coder, "execution", f"mass_decile_{d}", explainer=key) for d in range(10)]
@@ -167,7 +169,9 @@ def _explainer(results: Results, latents: _Latents, coder: str, key: str, name: 
     )
 
 
-def _scorer(results: Results, coder: str, key: str, scorer: str, metric: str, plumbing: bool) -> ScorerSummary:
+def _scorer(
+    results: Results, latents: _Latents, coder: str, key: str, scorer: str, metric: str, plumbing: bool
+) -> ScorerSummary:
     def column(name: str, control: str = "none") -> ScoreColumn:
         return results.score_column(coder, scorer, name, control=control, explainer=key, plumbing=plumbing)
 
@@ -179,39 +183,29 @@ def _scorer(results: Results, coder: str, key: str, scorer: str, metric: str, pl
     names = [m for s, m, c in stored if s == scorer and c == "none" and m != metric]
     others = [(name, column(name)) for name in names]
     judged = metric == HEADLINE and len(score) > 0
+    within = (SCALES[metric].low, SCALES[metric].high) if metric in SCALES else None
+    weights = np.nan_to_num(latents.rates(coder, score.index))
     return ScorerSummary(
         scorer=scorer,
         metric=metric,
         null=control if controls else "",
         plumbing=plumbing,
-        judge=_judge(results.scored_with(coder, scorer, key, plumbing=plumbing)),
+        judge=judge_name(results.scored_with(coder, scorer, key, plumbing=plumbing)),
         n=len(values),
         n_unscored=len(score) - len(values),
         n_failed=int(score.n_failed.sum()),
         n_total=int(score.n_total.sum()),
         few_documents=sum("few_documents" in flags for flags in score.flags),
         median=median_interval(values),
+        mean=macro_mean(score.value, within=within),
+        weighted=macro_mean(score.value, weights=weights, within=within),
         null_mean=mean_interval(nulls),
         null_median=median_interval(nulls),
         ties=share_of_ties(nulls),
         lift=paired_lift(*_paired(score, null)).median,
-        others=tuple((name, median_interval(_finite(found.value))) for name, found in others if len(found)),
+        others=tuple((name, median_interval(_identified(found))) for name, found in others if len(found)),
         curves=judged_curves(results, coder, scorer, key, ("none", NULL), plumbing=plumbing) if judged else (),
     )
-
-
-def _judge(spec: Mapping[str, Any]) -> str:
-    """Return who judged: an executed rule, or a language model by its short name; else what gave vectors or log p."""
-    judge = str(spec.get("judge") or "unknown")
-    if judge != "rule":
-        return judge.rpartition("#")[2] or judge
-    args = (spec.get("scorer") or {}).get("args") or {}
-    if spec.get("reader"):
-        reader = str(spec["reader"])
-        return f"reader {reader.rpartition('#')[2] or reader}"
-    if args.get("embedder"):
-        return str(args["embedder"]).rstrip("/").rpartition("/")[2]
-    return "executed rule"
 
 
 def _executed(
@@ -296,6 +290,12 @@ def _lifts(results: Results, coder: str, scorer: ScorerSummary, key: str) -> tup
     null = results.score_column(coder, name, metric, control=scorer.null or NULL, explainer=key, plumbing=False)
     both, beside = _paired(score, null)
     return _finite(score.value), both - beside
+
+
+def _identified(column: ScoreColumn) -> Floats:
+    """Return the values of a metric that the judgements pin down."""
+    known = np.array(["not_identified" not in flags for flags in column.flags], dtype=bool)
+    return _finite(column.value[known])
 
 
 def _finite(values: Floats) -> Floats:

@@ -19,6 +19,11 @@ class Reader(ABC):
     def natural(self) -> bool:
         """Whether it was trained on natural language; what another reads checks only that a pipeline works."""
 
+    @property
+    def final(self) -> bool:
+        """Whether what it could not read it never can: text that is too long, and no call that failed."""
+        return False
+
     @abstractmethod
     async def logprobs(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """Return log p(continuation | beginning) in nats of each (beginning, continuation).

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from exegete.errors import ConfigError, InputError
 from exegete.llm.backend import Capabilities
 from exegete.llm.client import LLMClient, run_to_end
+from exegete.llm.openai_endpoint import parse_spec
 from exegete.llm.reader import Reader
 
 if TYPE_CHECKING:
@@ -48,11 +49,21 @@ def reader_from_spec(
     return _of_server(spec, config, folder)
 
 
+def check_reader(spec: str) -> None:
+    """Raise InputError where a reader's name is of no known form; nothing is loaded or asked."""
+    service, _, model = spec.partition("/")
+    if spec in ("auto", "subject") or (service in ("hf", "vllm") and model) or spec.partition(":")[0] == "simulated":
+        return
+    if service not in ("http:", "https:", "openai", "openrouter"):
+        raise ConfigError(f"unknown reader {spec!r}; it is {FORMS}")
+    parse_spec(spec)
+
+
 def _chosen(subject: Callable[[], Subject] | None, llm: LLMClient | None) -> Reader:
     from exegete.llm.reading_server import ServerReader
 
     if llm is not None and not llm.simulated and _capabilities(llm).prompt_logprobs:
-        return ServerReader(llm)
+        return ServerReader(llm, natural=not _names_demo(llm.name))
     return _of_subject(subject, "auto")
 
 
@@ -83,6 +94,17 @@ def _is_demo(subject: Subject) -> bool:
     return "@randomised" in subject.name or subject.hash == folder_hash(assets() / "model")
 
 
+def _names_demo(spec: str) -> bool:
+    """Tell whether a model of this process is the demo's, by the folder that its name gives."""
+    from exegete.demo import assets
+    from exegete.subjects.identity import folder_hash
+
+    service, _, model = spec.partition("/")
+    if service not in ("hf", "vllm") or not Path(model).is_dir():
+        return False
+    return folder_hash(Path(model)) == folder_hash(assets() / "model")
+
+
 def _of_model(spec: str, model: str) -> Reader:
     from exegete.subjects import load_subject
 
@@ -106,7 +128,7 @@ def _of_client(client: LLMClient) -> Reader:
             f"{client.name} gives no log probabilities of a prompt's tokens, so it cannot read; use a server that "
             "does (vLLM, llama.cpp), or reader subject"
         )
-    return ServerReader(client)
+    return ServerReader(client, natural=not _names_demo(client.name))
 
 
 def _capabilities(client: LLMClient) -> Capabilities:

@@ -70,6 +70,11 @@ class LocalReader(Reader):
         """As the one who made the reader said."""
         return self._natural
 
+    @property
+    def final(self) -> bool:
+        """True: no call can fail, but a text may be too long."""
+        return True
+
     async def logprobs(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """Return log p(continuation | beginning) in nats of each pair; the same pair is read once.
 

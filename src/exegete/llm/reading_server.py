@@ -31,8 +31,9 @@ class ServerReader(Reader):
     prompt, where the server puts no BOS before it), or when tokens cannot be told apart at the border.
     """
 
-    def __init__(self, client: LLMClient) -> None:
-        self._client = client
+    def __init__(self, client: LLMClient, *, natural: bool = True) -> None:
+        """Read through a client; ``natural`` says whether its model was trained on natural language."""
+        self._client, self._natural = client, natural
 
     @property
     def name(self) -> str:
@@ -41,8 +42,8 @@ class ServerReader(Reader):
 
     @property
     def natural(self) -> bool:
-        """True, unless nothing is asked behind the client."""
-        return not self._client.simulated
+        """As the one who made the reader said, and never where nothing is asked behind the client."""
+        return self._natural and not self._client.simulated
 
     async def logprobs(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """Return log p(continuation | beginning) in nats of each pair; a whole text is asked about once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -46,21 +47,35 @@ def correlation(observed: Observed, *, level: float = 0.95) -> Interval:
     Judgements without a score are left out. The interval is a jackknife over documents on Fisher's scale, with
     Student's quantile: no normal distribution is assumed, and activations have none. Undefined where either side is
     constant; of one document, or where leaving out one leaves either side constant, it is the whole range −1…1.
-    ``floor`` and ``ceiling`` give each missing score the lowest or highest of the scores given, against its activation
-    and with it. Fewer than 20 documents are flagged ``few_documents``.
+    ``floor`` and ``ceiling`` are the bounds with missing scores as ``widened`` fills them in. Fewer than 20 documents
+    are flagged ``few_documents``.
     """
-    known = failures.scored(observed)
-    found = _clustered(known.score, known.activation, known.document, level)
+
+    def of(these: Observed) -> Interval:
+        return _clustered(these.score, these.activation, these.document, level)
+
+    return widened(of(failures.scored(observed)), observed, of)
+
+
+def widened(found: Interval, observed: Observed, find: Callable[[Observed], Interval]) -> Interval:
+    """Return a correlation with the bounds that it has with missing scores against their activations, and with them.
+
+    Missing scores are filled in twice each way, and the wider bounds count: with the lowest or highest of the scores
+    given, whichever speaks against an activation above the mean (or for it); and on the line of correlation −1 (or 1)
+    through the means of what is known, cut to the range of the scores given.
+    """
     missing = np.isnan(observed.score)
-    if not missing.any() or not len(known):
+    if not missing.any() or missing.all() or not found.n:
         return found
-    strong = observed.activation > known.activation.mean()
-    worst, best = (
-        np.where(missing, np.where(strong == right, known.score.max(), known.score.min()), observed.score)
-        for right in (False, True)
-    )
-    low, high = (_clustered(scores, observed.activation, observed.document, level) for scores in (worst, best))
-    return replace(found, floor=low.low, ceiling=high.high)
+    known, strength = observed.score[~missing], observed.activation[~missing]
+    off = (observed.activation - strength.mean()) / strength.std()
+    lows: list[Interval] = []
+    highs: list[Interval] = []
+    for sign, bounds in ((-1.0, lows), (1.0, highs)):
+        steps = np.where(sign * off > 0.0, known.max(), known.min())
+        line = np.clip(known.mean() + sign * known.std() * off, known.min(), known.max())
+        bounds += [find(replace(observed, score=np.where(missing, fill, observed.score))) for fill in (steps, line)]
+    return replace(found, floor=min(i.low for i in lows), ceiling=max(i.high for i in highs))
 
 
 def _clustered(x: Array, y: Array, document: Array, level: float) -> Interval:

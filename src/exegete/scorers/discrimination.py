@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from exegete.scorers.scorer import Scorer, Scoring
 from exegete.streams import stream
 from exegete.types import Array, Judgement, JudgementStatus, LatentId, Score, Windows
 from exegete.views import LatentView, Near, Need, SplitData
+
+if TYPE_CHECKING:
+    from exegete.llm.client import LLMClient
 
 NAME: Final = "discrimination"
 
@@ -85,6 +88,10 @@ class DiscriminationScorer(Scorer):
         needed: set[Need] = {"examples", "data", "near", "donors"}
         return frozenset(needed | self._options.needs)
 
+    def judged_by(self, llm: LLMClient | None) -> str:
+        """The language model or the rule, as ``judge`` says."""
+        return self._options.judged_by(llm)
+
     def asks(self, view: LatentView) -> bool:
         """Whether the judge is the view's language model."""
         return view.llm is not None and not self._options.executes(view)
@@ -115,7 +122,7 @@ class DiscriminationScorer(Scorer):
         explanation, view = item
         near = [n for n in view.near if n.explanation.status == "ok" and judge.takes(n.explanation)][: self._near]
         if not near:
-            return Scoring(explanation=explanation, scores=(), judgements={})
+            return Scoring(explanation=explanation, scores=(), judgements={}, reason="no explained latent is near")
         asked = self._asked(view, near)
         others = panel(explanation, view, self._controls, takes=judge.takes)
         given = (explanation, *(n.explanation for n in near), *(e for _, e in others))

@@ -6,7 +6,7 @@ The explanation is the query, windows are the documents; the score is the AUROC 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from exegete.scorers.scorer import Scorer, Scoring
 from exegete.scorers.valued import value_judgements, value_scores
 from exegete.types import Array, Explanation, Windows
 from exegete.views import LatentView, Need
+
+if TYPE_CHECKING:
+    from exegete.llm.client import LLMClient
 
 Item = tuple[Explanation, LatentView]
 
@@ -65,6 +68,10 @@ class EmbeddingScorer(Scorer):
     def check(self) -> None:
         """Load the embedder. Raises MissingExtraError or NotFoundError where it cannot be had."""
         self._embedder.check()
+
+    def judged_by(self, llm: LLMClient | None) -> str:
+        """The embedder."""
+        return self._embedder.name
 
     def plumbing(self, view: LatentView) -> bool:
         """Whether the embedder knows no language."""

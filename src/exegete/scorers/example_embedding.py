@@ -12,7 +12,7 @@ The null is the same for other latents' train windows, drawn around firings that
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from exegete.scorers.valued import value_judgements, value_scores
 from exegete.streams import stream
 from exegete.types import Array, Explanation, LatentId
 from exegete.views import LatentView, Need, SplitData
+
+if TYPE_CHECKING:
+    from exegete.llm.client import LLMClient
 
 _SPARE: Final = 2
 """Windows tried for each one wanted: some leave their document."""
@@ -60,6 +63,10 @@ class ExampleEmbeddingScorer(Scorer):
         """Load the embedder. Raises MissingExtraError or NotFoundError where it cannot be had."""
         self._embedder.check()
 
+    def judged_by(self, llm: LLMClient | None) -> str:
+        """The embedder."""
+        return self._embedder.name
+
     def plumbing(self, view: LatentView) -> bool:
         """Whether the embedder knows no language."""
         return not self._embedder.natural
@@ -69,7 +76,7 @@ class ExampleEmbeddingScorer(Scorer):
         for explanation, view in items:
             shown = view.examples.part("train", fires=True)[: self._shown]
             if not len(shown):
-                yield Scoring(explanation=explanation, scores=(), judgements={})
+                yield Scoring(explanation=explanation, scores=(), judgements={}, reason="no firing train window")
             else:
                 yield self._scoring(explanation, view, shown.tokens)
 

@@ -60,7 +60,8 @@ _REPAIR: Final = (
 class Written:
     """Texts written from an explanation: ``texts`` that fit, then those that do not, ``fits`` [n] telling which.
 
-    None stands for a text that was asked for and is not there, for the reason that ``status`` gives.
+    None stands for a text that was asked for and is not there, for the reason that ``status`` gives; so does a text
+    that the subject cannot read.
     """
 
     texts: tuple[str | None, ...]
@@ -232,10 +233,11 @@ def _listed(given: Sequence[Any], n: int, seen: set[str]) -> list[str | None]:
     return found + [None] * (n - len(found))
 
 
-def measure(subject: Subject, coder: SparseCoder, index: int, texts: Sequence[str]) -> list[Measured]:
+def measure(subject: Subject, coder: SparseCoder, index: int, texts: Sequence[str]) -> list[Measured | None]:
     """Return what a latent does on each text, read by itself after BOS where the subject has one.
 
-    Special tokens do not count, as they do not in a corpus. A text without tokens is silent.
+    Special tokens do not count, as they do not in a corpus. A text without tokens is silent; one with more tokens than
+    the subject has positions is not read: None.
     """
     import torch
 
@@ -245,9 +247,11 @@ def measure(subject: Subject, coder: SparseCoder, index: int, texts: Sequence[st
     table = subject.token_table()
     begin = [] if subject.bos is None else [subject.bos]
     rows = [[*begin, *ids] for ids in TextEncoder(subject.tokenizer).encode(list(texts))]
-    found: list[Measured] = []
-    for start in range(0, len(rows), _ROWS):
-        part = rows[start : start + _ROWS]
+    positions = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    read = [place for place, row in enumerate(rows) if len(row) <= positions]
+    found: list[Measured | None] = [None] * len(rows)
+    for start in range(0, len(read), _ROWS):
+        part = [rows[place] for place in read[start : start + _ROWS]]
         tokens = torch.zeros((len(part), max(1, *map(len, part))), dtype=torch.long)
         there = torch.zeros_like(tokens)
         for i, ids in enumerate(part):
@@ -262,7 +266,7 @@ def measure(subject: Subject, coder: SparseCoder, index: int, texts: Sequence[st
         strongest = values.max(dim=1)
         for i, (value, at) in enumerate(zip(strongest.values.tolist(), strongest.indices.tolist(), strict=True)):
             token = table.texts[int(tokens[i, at])] if value > 0 else ""
-            found.append(Measured(activation=max(0.0, value), token=token))
+            found[read[start + i]] = Measured(activation=max(0.0, value), token=token)
     return found
 
 
@@ -387,7 +391,7 @@ def _flagged(interval: Interval, n: int) -> Interval:
     return marked(interval, n) if n else interval
 
 
-def _judgements(written: Written, found: Mapping[str, Measured]) -> tuple[Judgement, ...]:
+def _judgements(written: Written, found: Mapping[str, Measured | None]) -> tuple[Judgement, ...]:
     judged = []
     for i, (text, fits) in enumerate(zip(written.texts, written.fits, strict=True)):
         measured = None if text is None else found[text]
@@ -406,10 +410,10 @@ def _judgements(written: Written, found: Mapping[str, Measured]) -> tuple[Judgem
     return tuple(judged)
 
 
-def _detail(written: Written, found: Mapping[str, Measured]) -> dict[str, Any]:
-    texts = [
-        {"text": text, "fits": fits, "activation": found[text].activation, "token": found[text].token}
-        for text, fits in zip(written.texts, written.fits, strict=True)
-        if text is not None
-    ]
+def _detail(written: Written, found: Mapping[str, Measured | None]) -> dict[str, Any]:
+    texts = []
+    for text, fits in zip(written.texts, written.fits, strict=True):
+        measured = None if text is None else found[text]
+        if measured is not None:
+            texts.append({"text": text, "fits": fits, "activation": measured.activation, "token": measured.token})
     return {"texts": texts}

@@ -37,6 +37,7 @@ from exegete.types import Explanation, LLMRequest, Score, Split
 from exegete.views import LatentView, Need
 
 if TYPE_CHECKING:
+    from exegete.llm.client import LLMClient
     from exegete.scorers.intervention_effects import Effects, Gains
 
 NAME: Final = "intervention"
@@ -45,7 +46,7 @@ Kind = Literal["reader", "tokens"]
 Explain = Literal["own", "effect"]
 EditKind = Literal["add", "clamp", "ablate"]
 Nulls = Literal["headline", "all"]
-PLUMBING: Final = 8
+PLUMBING: Final = 4
 """Prompts after which a reader reads that was not trained on natural language."""
 STAND_IN: Final = 8
 """Tokens that stand for a continuation when requests are planned."""
@@ -65,7 +66,7 @@ class InterventionScorer(Scorer):
         ``reader`` scores in nats: log p(explanation | edited text) − log p(explanation | clean text), over all tokens
         of the explanation and the quotation mark that closes it, averaged over prompts; metrics ``nats_kl_TARGET``.
         One continuation is sampled of each prompt with and one without the edit, from the same random numbers. A
-        reader that was not trained on natural language shows only that all this works, and that after 8 prompts.
+        reader that was not trained on natural language shows only that all this works, and that after 4 prompts.
         ``tokens`` needs no language model: a set of tokens is scored by the probability that it gains as the next
         token, averaged over prompts; metrics ``mass_kl_TARGET``, from −1 to 1.
     ``explain``
@@ -179,6 +180,10 @@ class InterventionScorer(Scorer):
             needed.add("llm")
         return frozenset(needed)
 
+    def judged_by(self, llm: LLMClient | None) -> str:
+        """The reader, or the subject itself where tokens are scored."""
+        return "reader" if self._kind == "reader" else "subject"
+
     @property
     def _names(self) -> tuple[str, ...]:
         """What the conditions are called."""
@@ -230,7 +235,7 @@ class InterventionScorer(Scorer):
                 explanation=explanation,
                 scores=(),
                 judgements={},
-                detail={"reason": "the explanation names no tokens that the latent fires on"},
+                reason="the explanation names no tokens that the latent fires on",
             )
         prompts = self._draw(view, "test", self._n_of(view), subject.bos)
         if len(prompts) < MIN_PROMPTS:

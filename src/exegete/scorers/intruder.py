@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, Literal, final
+from typing import TYPE_CHECKING, Any, Final, Literal, final
 
 import numpy as np
 
@@ -39,6 +39,9 @@ from exegete.types import (
     Windows,
 )
 from exegete.views import LatentView, Need
+
+if TYPE_CHECKING:
+    from exegete.llm.client import LLMClient
 
 HEADLINE: Final = "accuracy"
 CHANCE: Final = "chance"
@@ -122,6 +125,10 @@ class IntruderScorer(Scorer):
         """Load the embedder where only it may judge. Raises MissingExtraError or NotFoundError where there is none."""
         if self._judge == "embedding":
             self._embedder.check()
+
+    def judged_by(self, llm: LLMClient | None) -> str:
+        """The language model or the embedder, as ``judge`` says."""
+        return self._embedder.name if llm is None or self._judge == "embedding" else llm.name
 
     def asks(self, view: LatentView) -> bool:
         """Whether the judge is the view's language model."""

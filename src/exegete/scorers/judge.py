@@ -332,6 +332,10 @@ class JudgeOptions:
         """Say whether the judge of a view's explanation is its own program, executed."""
         return self.judge == "rule" or (self.judge == "auto" and view.llm is None)
 
+    def judged_by(self, llm: LLMClient | None) -> str:
+        """Who judges where this language model is there."""
+        return "rule" if llm is None or self.judge == "rule" else llm.name
+
     def choose(
         self, kind: Kind, explanation: Explanation, view: LatentView, gate: asyncio.Semaphore, stage: str = ""
     ) -> Judge:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exegete.llm.client import gather_all, run_limited
 from exegete.llm.protocol import PROMPTS, Kind
@@ -23,6 +23,9 @@ from exegete.scorers.window_scores import control_scores, outside_score, own_sco
 from exegete.streams import stream
 from exegete.types import Array, Explanation, LLMRequest
 from exegete.views import LatentView, Need
+
+if TYPE_CHECKING:
+    from exegete.llm.client import LLMClient
 
 DEFAULT_CONTROLS = ("other_latent",)
 Item = tuple[Explanation, LatentView]
@@ -169,6 +172,10 @@ class JudgedScorer(Scorer, ABC):
     def executes(self, view: LatentView) -> bool:
         """Say whether the judge of a view's explanation is its own program, executed."""
         return self._options.executes(view)
+
+    def judged_by(self, llm: LLMClient | None) -> str:
+        """The language model or the rule, as ``judge`` says."""
+        return self._options.judged_by(llm)
 
     def asks(self, view: LatentView) -> bool:
         """Whether the judge is the view's language model."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from exegete.config import RunConfig
 from exegete.registry import Registry
 from exegete.types import Explanation, Judgement, LLMRequest, Score
 from exegete.views import LatentView, Need
+
+if TYPE_CHECKING:
+    from exegete.llm.client import LLMClient
 
 
 @final
@@ -18,13 +21,15 @@ from exegete.views import LatentView, Need
 class Scoring:
     """What a scorer made of one explanation: scores (its nulls' among them), and judgements by control.
 
-    ``detail`` is whatever else it found, as JSON data (strengths, generated texts, tokens).
+    ``detail`` is whatever else it found, as JSON data (strengths, generated texts, tokens). ``reason`` says why an
+    explanation that could have had a score has none.
     """
 
     explanation: Explanation
     scores: tuple[Score, ...]
     judgements: Mapping[str, tuple[Judgement, ...]]
     detail: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
 
 
 class Scorer(ABC):
@@ -56,6 +61,10 @@ class Scorer(ABC):
     def asks(self, view: LatentView) -> bool:
         """Whether scoring an explanation of this view would send requests to its language model."""
         return view.llm is not None and "llm" in self.needs
+
+    def judged_by(self, llm: LLMClient | None) -> str:
+        """Who judges where this language model is there: it, ``rule``, ``reader``, ``subject``, or an embedder."""
+        return llm.name if llm is not None and "llm" in self.needs else "rule"
 
     def planned(self, explanation: Explanation, view: LatentView) -> Sequence[LLMRequest] | None:
         """Return the requests that scoring would send; None where scoring with a client that counts tells.

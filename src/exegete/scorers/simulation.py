@@ -188,6 +188,10 @@ class SimulationScorer(Scorer):
             needed.add("prompt_logprobs")
         return frozenset(needed)
 
+    def judged_by(self, llm: LLMClient | None) -> str:
+        """Who predicts: the language model or the rule, as ``judge`` says."""
+        return "rule" if llm is None or self._judge == "rule" else llm.name
+
     def asks(self, view: LatentView) -> bool:
         """Whether the view's language model predicts."""
         return view.llm is not None and self._judge != "rule"

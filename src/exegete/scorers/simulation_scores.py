@@ -22,6 +22,7 @@ import numpy as np
 
 from exegete import metrics
 from exegete.metrics import Interval, Observed
+from exegete.metrics.correlations import widened
 from exegete.metrics.failures import marked
 from exegete.metrics.inputs import clamped
 from exegete.types import Array
@@ -45,20 +46,10 @@ def correlation(observed: Observed) -> Interval:
 def population_correlation(observed: Observed) -> Interval:
     """Return the correlation over all tokens of the test frame: each token counts with its window's weight.
 
-    The interval is a jackknife over documents on Fisher's scale with Student's quantile. ``floor`` and ``ceiling`` give
-    each missing prediction the lowest or highest of those given, against its activation and with it.
+    The interval is a jackknife over documents on Fisher's scale with Student's quantile. ``floor`` and ``ceiling`` are
+    those of ``metrics.correlation``.
     """
-    known, missing = _known(observed), np.isnan(observed.score)
-    found = _population(known)
-    if not missing.any() or not found.n:
-        return found
-    strong = observed.activation > np.average(known.activation, weights=known.weight)
-    worst, best = (
-        np.where(missing, np.where(strong == right, known.score.max(), known.score.min()), observed.score)
-        for right in (False, True)
-    )
-    low, high = (_population(replace(observed, score=scores)) for scores in (worst, best))
-    return replace(found, floor=low.low, ceiling=high.high)
+    return widened(_population(_known(observed)), observed, _population)
 
 
 def _population(known: Observed) -> Interval:

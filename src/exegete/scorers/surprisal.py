@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 
@@ -26,10 +26,13 @@ from exegete.scorers.valued import value_judgements, value_scores
 from exegete.types import Array, Explanation, LatentId, LLMRequest, Windows
 from exegete.views import LatentView, Need
 
+if TYPE_CHECKING:
+    from exegete.llm.client import LLMClient
+
 PROMPT: Final = "surprisal-1"
 UNRELATED: Final = "Various unrelated sentences."
 """z̃ (App. D.3 of the paper)."""
-_CHECKED: Final = 20
+_CHECKED: Final = 8
 _HOLE: Final = "{explanation}"
 Item = tuple[Explanation, LatentView]
 
@@ -86,7 +89,7 @@ class SurprisalScorer(Scorer):
     ``entries`` of the detail says which it was.
 
     ``controls`` are the nulls read beside it; of the donors' explanations the nearest ``donors`` in firing rate. A
-    reader that was not trained on natural language shows only that all this works, and that on 20 windows a class.
+    reader that was not trained on natural language shows only that all this works, and that on 8 windows a class.
     """
 
     def __init__(self, *, controls: str | Sequence[str] = (OTHER_LATENT,), donors: int = 3) -> None:
@@ -108,6 +111,10 @@ class SurprisalScorer(Scorer):
     def needs(self) -> frozenset[Need]:
         """Examples, donors, and what reads log probabilities."""
         return frozenset({"examples", "donors", "reader"})
+
+    def judged_by(self, llm: LLMClient | None) -> str:
+        """The reader."""
+        return "reader"
 
     def score(self, items: Sequence[Item], *, concurrency: int = 16) -> Iterator[Scoring]:
         """Yield one Scoring per item, a latent's together; no scores where there is no explanation.
