@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from exegete.analysis.across import judge_name
-from exegete.analysis.certify import certified_ids, certify
+from exegete.analysis.certify import certify
 from exegete.analysis.text import certified_text
 from exegete.errors import InputError, NotFoundError
 from exegete.results import Results
@@ -68,7 +68,7 @@ def results(tmp_path: Path) -> Iterator[Results]:
 def test_the_good_are_listed_strongest_first_and_the_poor_are_not(results: Results, correction: str) -> None:
     store(results, "k", [scoring(1, 92, 100), scoring(2, 70, 100), scoring(3, 99, 100), scoring(4, 55, 100)])
     found = certify(results, CODER, level=0.7, rate=0.05, correction=correction)  # type: ignore[arg-type]
-    assert [latent.index for latent in certified_ids(found)] == [3, 1]
+    assert [index for index, _, _ in found.latents] == [3, 1]
     assert [score for _, score, _ in found.latents] == [0.99, 0.92]
     assert found.n == 4
     text = certified_text([found])
@@ -86,7 +86,7 @@ def test_only_what_was_scored_last_certifies(results: Results) -> None:
     store(results, "z first", [scoring(1, 99, 100), scoring(2, 99, 100)])
     store(results, "a last", [scoring(1, 50, 100), scoring(2, 99, 100)])
     found = certify(results, CODER)
-    assert [latent.index for latent in certified_ids(found)] == [2]
+    assert [index for index, _, _ in found.latents] == [2]
     assert found.n == 2
 
 

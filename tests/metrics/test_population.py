@@ -155,19 +155,6 @@ def test_what_was_answered_stands_for_what_failed_in_its_stratum() -> None:
     assert population(observed, frame)["population_recall"].value == pytest.approx(4 / 6 * 1 / 2)
 
 
-def test_exact_rates_are_scikit_learns_without_a_width() -> None:
-    truth, said = [1] * 10 + [0] * 990, [1] * 7 + [0] * 3 + [1] * 5 + [0] * 985
-    found = metrics.exact_population(tp=7, fp=5, fn=3, tn=985)
-    assert found["population_precision"].value == pytest.approx(oracle.precision_score(truth, said))
-    assert found["population_recall"].value == pytest.approx(oracle.recall_score(truth, said))
-    assert found["population_f1"].value == pytest.approx(oracle.f1_score(truth, said))
-    assert found["population_specificity"].value == pytest.approx(985 / 990)
-    assert all(one.low == one.value == one.high and one.n == 1000 for one in found.values())
-    never = metrics.exact_population(tp=0, fp=0, fn=3, tn=7)
-    assert math.isnan(never["population_precision"].value)
-    assert never["population_f1"].value == 0.0
-
-
 # -- intervals --------------------------------------------------------------------------------------------------------
 
 

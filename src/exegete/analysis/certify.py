@@ -13,7 +13,7 @@ from exegete.metrics import Observed
 from exegete.metrics.certified import certified, e_value, p_value
 from exegete.results import Results
 from exegete.results_packing import JudgementColumns
-from exegete.types import STRATA, LatentId
+from exegete.types import STRATA
 
 LEVEL, RATE = 0.7, 0.05
 Correction = Literal["e-bh", "by", "bh"]
@@ -102,8 +102,3 @@ def _observed(columns: JudgementColumns) -> Observed:
         multiplicity=columns.multiplicity,
         activation=columns.activation.astype(np.float64),
     )
-
-
-def certified_ids(found: Certified) -> list[LatentId]:
-    """Return the latents of a certified list, strongest evidence first."""
-    return [LatentId(coder=found.coder, index=index) for index, _, _ in found.latents]

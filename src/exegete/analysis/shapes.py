@@ -52,7 +52,7 @@ class ScorerSummary:
     ``judge`` is who judged; ``null`` is the control beside it, empty where it has none; ``plumbing`` says that its
     numbers check the pipeline and measure nothing. ``n`` latents have a score, ``n_unscored`` have none because every
     judgement failed; ``n_failed`` of ``n_total`` judgements failed; ``few_documents`` of the scores rest on fewer than
-    20 documents; ``mean`` is the macro mean over latents, ``weighted`` that by their firing rates; ``ties`` is the share
+    20 documents; ``mean`` is the macro mean over latents, ``weighted`` that by their firing rates; ``ties`` the share
     of nulls that are exactly 0.5; ``others`` are the medians of the scorer's other metrics.
     """
 

@@ -15,7 +15,7 @@ from exegete.metrics.judging import judged
 from exegete.metrics.observed import FrameCounts, Observed
 from exegete.metrics.pairing import paired
 from exegete.metrics.placing import ranked
-from exegete.metrics.population import exact_population, population
+from exegete.metrics.population import population
 from exegete.metrics.proportions import (
     balanced_accuracy,
     f1,
@@ -40,7 +40,6 @@ __all__ = [
     "correlation",
     "decile_curve",
     "difference_of_medians",
-    "exact_population",
     "f1",
     "judged",
     "mean_interval",

@@ -116,26 +116,6 @@ def population(
     return found | sampled.metrics(scored, failures.all_scored, of_score)
 
 
-def exact_population(*, tp: int, fp: int, fn: int, tn: int) -> dict[str, Interval]:
-    """Return the same rates of a judge whose verdict on every window of the frame is known: an executed rule.
-
-    The counts are windows of the frame; nothing is estimated, so low and high are the value.
-    """
-    totals = Totals(hits=np.array(float(tp)), alarms=np.array(float(fp)), firing=tp + fn, quiet=fp + tn)
-    bases = {
-        "population_precision": tp + fp,
-        "population_recall": tp + fn,
-        "population_f1": tp + fn,
-        "population_specificity": fp + tn,
-    }
-    found = {}
-    for metric, base in bases.items():
-        value = float(_RATES[metric](totals)) if base else math.nan
-        n = tp + fp + fn + tn if base else 0
-        found[metric] = Interval(value=value, low=value, high=value, method="exact", n=n)
-    return found
-
-
 def _rates(observed: Observed, cut: Parts, options: Options) -> dict[str, Interval]:
     found = dict.fromkeys(_RATES, undefined(METHOD))
     if not cut.whole:
