@@ -227,7 +227,7 @@ def test_before_scoring_report_and_plan_do_with_random_windows_and_after_it_the_
 ) -> None:
     settings = config(toy_folder, explainer="default")
     monkeypatch.setattr(ScriptedClient, "simulated", False)  # stands for a server, whose judgements are exported
-    llm = ScriptedClient(judge)
+    llm = ScriptedClient(judge, name="server")
     with Pipeline(settings, tmp_path / "run") as pipeline:
         pipeline.collect(prepare(settings))
         pipeline.explain(llm)

@@ -346,7 +346,7 @@ def test_a_reader_of_no_language_reads_a_few_prompts_to_check_the_plumbing(
 ) -> None:
     given, scorer = view(data, subject, coder, reader=CountingReader(natural=False)), InterventionScorer(**SMALL)
     assert scorer.plumbing(given)
-    assert {s.n_total for s in run(scorer, (explanation(), given)).scores} == {4}
+    assert {s.n_total for s in run(scorer, (explanation(), given)).scores} == {5}
     tokens = InterventionScorer(kind="tokens", **SMALL)
     assert not tokens.plumbing(given)
     assert {s.n_total for s in run(tokens, (explanation(0, TOKEN), given)).scores} == {12}

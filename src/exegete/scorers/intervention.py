@@ -46,7 +46,7 @@ Kind = Literal["reader", "tokens"]
 Explain = Literal["own", "effect"]
 EditKind = Literal["add", "clamp", "ablate"]
 Nulls = Literal["headline", "all"]
-PLUMBING: Final = 4
+PLUMBING: Final = 5
 """Prompts after which a reader reads that was not trained on natural language."""
 STAND_IN: Final = 8
 """Tokens that stand for a continuation when requests are planned."""
@@ -66,7 +66,7 @@ class InterventionScorer(Scorer):
         ``reader`` scores in nats: log p(explanation | edited text) − log p(explanation | clean text), over all tokens
         of the explanation and the quotation mark that closes it, averaged over prompts; metrics ``nats_kl_TARGET``.
         One continuation is sampled of each prompt with and one without the edit, from the same random numbers. A
-        reader that was not trained on natural language shows only that all this works, and that after 4 prompts.
+        reader that was not trained on natural language shows only that all this works, and that after 5 prompts.
         ``tokens`` needs no language model: a set of tokens is scored by the probability that it gains as the next
         token, averaged over prompts; metrics ``mass_kl_TARGET``, from −1 to 1.
     ``explain``
