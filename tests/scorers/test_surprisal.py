@@ -158,7 +158,7 @@ def test_what_is_planned_is_what_a_server_is_asked(world: Any) -> None:
     planned = scorer.planned(world.explanation(3), view)
     (found,) = scorer.score([(world.explanation(3), view)])
     assert {request.prompt: request for request in planned} == {request.prompt: request for request in asked}
-    assert len(planned) == len(asked) == 16 * 6  # 8 windows of each class: the client asks nobody
+    assert len(planned) == len(asked) == 60 * 6
     assert set(values(found)) == {0.0}  # a token costs the same whatever stands before it
 
 

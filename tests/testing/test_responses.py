@@ -20,6 +20,7 @@ from exegete.testing.responses import (
     expected_accuracy,
     expected_auroc,
     fitting,
+    inclusion,
     order_power,
 )
 
@@ -30,7 +31,7 @@ def toy_cells() -> list[Cells]:
     fits = np.array([[1, 1, 1, 0, 0, 0, 0, 1], [1, 0, 0, 0, 1, 1, 0, 0]], bool)
     stratum = np.array([0, 0, 1, 1, 2, 2, 2, 2])
     firing = np.array([1, 1, 1, 1, 0, 0, 0, 0], bool)
-    return cells_of(fits, stratum, firing, [(0, True, 1), (1, True, 2), (2, False, 3)])
+    return cells_of(fits, stratum, firing, np.arange(8), [(0, True, 1), (1, True, 2), (2, False, 3)])
 
 
 def test_expected_accuracy_by_hand() -> None:
@@ -73,7 +74,7 @@ def test_drawn_auroc_counts_pairs() -> None:
     sure = Evidence(true_positive_rate=1.0, false_positive_rate=0.0)  # six deviations either way: no pair is wrong
     cells = cells_of(
         np.array([[1, 1, 0, 0, 0]], bool), np.zeros(5, int), np.array([1, 1, 1, 0, 0], bool),
-        [(0, True, 3), (0, False, 2)],
+        np.arange(5), [(0, True, 3), (0, False, 2)],
     )  # fmt: skip
     drawn = drawn_auroc(cells, sure, 300, np.random.default_rng(2))[:, 0]
     # of six pairs four are certain, and the window that is missed lies anywhere among the silent ones
@@ -97,7 +98,21 @@ def test_order_power_counts_ties_half() -> None:
 
 def test_more_windows_than_a_stratum_has_are_refused() -> None:
     with pytest.raises(InputError, match="from a stratum of 1"):
-        cells_of(np.ones((1, 1), bool), np.zeros(1, int), np.ones(1, bool), [(0, True, 2)])
+        cells_of(np.ones((1, 1), bool), np.zeros(1, int), np.ones(1, bool), np.zeros(1, int), [(0, True, 2)])
+
+
+def test_windows_of_a_document_with_many_are_less_likely() -> None:
+    document = np.array([7] * 12 + [8, 9])
+    likely, pool = inclusion(document, 5)  # three of the first document and one of either other: five in all
+    assert pool == 5
+    assert likely.tolist() == pytest.approx([3 / 12] * 12 + [1, 1])
+    likely, pool = inclusion(document, 9)  # seven of the first have to be let in
+    assert (pool, likely.sum()) == (9, pytest.approx(9))
+    assert likely[0] == pytest.approx(7 / 12)
+    # A rung that fits the long document alone fits three fifths of what is drawn, not twelve of fourteen.
+    cells = cells_of((document == 7)[None], np.zeros(14, int), np.ones(14, bool), document, [(0, True, 5)])
+    assert fitting(cells, True).tolist() == pytest.approx([3 / 5])
+    assert cells[0].counts.sum() == 5
 
 
 def test_an_intruder_who_fits_as_others_do_is_named_by_chance() -> None:

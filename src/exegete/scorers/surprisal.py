@@ -66,7 +66,7 @@ class _Task:
 def _windows(view: LatentView) -> Windows:
     """Return the test windows that are read: all, or some evenly spread ones of each class where that only checks."""
     windows = view.examples.part("test")
-    if view.reader is None or view.reader.natural:
+    if view.reader is None or view.reader.natural or not view.reader.final:
         return windows
     kept, probability = [], windows.probability.copy()
     for fires in (True, False):
@@ -89,7 +89,7 @@ class SurprisalScorer(Scorer):
     ``entries`` of the detail says which it was.
 
     ``controls`` are the nulls read beside it; of the donors' explanations the nearest ``donors`` in firing rate. A
-    reader that was not trained on natural language shows only that all this works, and that on 8 windows a class.
+    model of this process that was not trained on natural language shows only that all this works, on 8 windows a class.
     """
 
     def __init__(self, *, controls: str | Sequence[str] = (OTHER_LATENT,), donors: int = 3) -> None:

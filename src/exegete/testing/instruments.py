@@ -178,7 +178,8 @@ def asked_cells(setting: Setting, drawn: Asked, whole: Asked, rungs: Sequence[st
         most = int(((whole.examples.stratum == stratum) & (whole.truth == bool(truth))).sum())
         named.append((stratum, bool(truth), min(n, most)))
     fits = setting.fits(whole.examples, whole.items, rungs)
-    return cells_of(fits, whole.examples.stratum, whole.truth, [cell for cell in named if cell[2]])
+    windows = whole.examples
+    return cells_of(fits, windows.stratum, whole.truth, windows.document, [cell for cell in named if cell[2]])
 
 
 def detection(evidence: Evidence) -> list[Instrument]:

@@ -18,7 +18,7 @@ from exegete.scorers.surprisal import SurprisalScorer
 from exegete.testing.embedders import SimulatedEmbedder
 from exegete.testing.instruments import Instrument, Known, OnWindows, Scores, asked_cells, scored
 from exegete.testing.readers import SimulatedReader
-from exegete.testing.responses import Cells, drawn_auroc, expected_auroc
+from exegete.testing.responses import Cells, drawn_auroc, expected_auroc, inclusion
 from exegete.testing.settings import Round, Setting
 from exegete.testing.worlds import SHOWN
 from exegete.types import Array
@@ -122,7 +122,7 @@ class ExampleEmbedded(Instrument):
             for stratum in np.unique(drawn.stratum[drawn.fires == fires]):
                 here = (whole.stratum == stratum) & (whole.fires == fires)
                 count = int(((drawn.stratum == stratum) & (drawn.fires == fires)).sum())
-                weight[here] = count / here.sum()
+                weight[here] = inclusion(whole.document[here], count)[0]
         expected = np.array([weighted_auroc(near, whole.fires, weight)])
         return Known(expected=expected, drawn=expected[None])
 

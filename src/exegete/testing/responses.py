@@ -2,7 +2,8 @@
 
 A scorer that reads windows knows of an explanation only which of them it fits. So a frame is summed up by its strata
 and, within each, how many windows each set of rungs fits; draws without replacement from that, and a judge's errors,
-are then simulated many at a time, without any window.
+are then simulated many at a time, without any window. Of a document with many windows of a stratum only a few can be
+drawn together (``examples.draws``), so each window counts as likely as it is to be drawn.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import final
 import numpy as np
 
 from exegete.errors import InputError
+from exegete.examples.draws import PER_DOCUMENT
 from exegete.llm.scripted import Evidence
 from exegete.types import Array
 
@@ -23,23 +25,38 @@ from exegete.types import Array
 class Cells:
     """One stratum: ``firing`` or silent, ``drawn`` windows of it, and its windows by which rungs fit them.
 
-    ``fits`` [cells, rungs] bool are the sets of rungs that occur, ``counts`` [cells] how many windows have each.
+    ``fits`` [cells, rungs] bool are the sets of rungs that occur, ``mass`` [cells] how many windows of each are drawn
+    on average, ``counts`` [cells] how many of each there are to draw from, to the nearest whole window.
     """
 
     firing: bool
     drawn: int
     fits: Array
+    mass: Array
     counts: Array
 
     @property
     def shares(self) -> Array:
-        """The share of its windows that each rung fits [rungs]."""
-        found: Array = self.counts @ self.fits / self.counts.sum()
+        """The share of the windows drawn that each rung fits, on average [rungs]."""
+        found: Array = self.mass @ self.fits / self.mass.sum()
         return found
 
 
-def cells_of(fits: Array, stratum: Array, firing: Array, drawn: Sequence[tuple[int, bool, int]]) -> list[Cells]:
-    """Return the strata of a frame whose windows [n] the rungs fit as ``fits`` [rungs, n] says.
+def inclusion(document: Array, n: int) -> tuple[Array, int]:
+    """Return how likely each window of a stratum is to be among n drawn, by document [m], and from how many n are."""
+    _, place, sizes = np.unique(document, return_inverse=True, return_counts=True)
+    most = PER_DOCUMENT
+    while np.minimum(sizes, most).sum() < min(n, len(document)):
+        most += 1
+    kept = np.minimum(sizes, most)
+    likely: Array = (kept / sizes)[place] * n / kept.sum()
+    return likely, int(kept.sum())
+
+
+def cells_of(
+    fits: Array, stratum: Array, firing: Array, document: Array, drawn: Sequence[tuple[int, bool, int]]
+) -> list[Cells]:
+    """Return the strata of a frame whose windows [n], of these documents, the rungs fit as ``fits`` [rungs, n] says.
 
     ``drawn`` names the strata that windows are drawn from, as (stratum, firing, windows drawn). Raises InputError for
     one that the frame lacks.
@@ -49,9 +66,19 @@ def cells_of(fits: Array, stratum: Array, firing: Array, drawn: Sequence[tuple[i
         own = np.flatnonzero((stratum == name) & (firing == fires))
         if len(own) < n:
             raise InputError(f"{n} windows are drawn from a stratum of {len(own)}")
-        cells, counts = np.unique(fits[:, own].T, axis=0, return_counts=True)
-        found.append(Cells(firing=fires, drawn=n, fits=cells, counts=counts))
+        cells, which = np.unique(fits[:, own].T, axis=0, return_inverse=True)
+        likely, pool = inclusion(document[own], n)
+        mass = np.bincount(which.ravel(), weights=likely, minlength=len(cells))
+        found.append(Cells(firing=fires, drawn=n, fits=cells, mass=mass, counts=_whole(mass, pool)))
     return found
+
+
+def _whole(mass: Array, total: int) -> Array:
+    """Return whole numbers in proportion to mass that add up to a total: those with the largest remainders round up."""
+    exact = mass / mass.sum() * total
+    counts: Array = np.floor(exact + 1e-9).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
+    return counts
 
 
 def fitting(cells: Sequence[Cells], firing: bool) -> Array:

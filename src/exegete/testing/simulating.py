@@ -12,6 +12,7 @@ from exegete.llm.scripted import Evidence, SimulatedJudge
 from exegete.llm.scripted.answers import HIGHEST
 from exegete.scorers.simulation import SimulationScorer
 from exegete.testing.instruments import Instrument, Known, Scores, scored
+from exegete.testing.responses import inclusion
 from exegete.testing.settings import Round, Setting
 from exegete.types import Array
 
@@ -53,7 +54,7 @@ class Simulating(Instrument):
         counts = [(stratum, int((drawn.stratum == stratum).sum())) for stratum in np.unique(drawn.stratum)]
         weight = np.zeros(len(whole))
         for stratum, n in counts:
-            weight[whole.stratum == stratum] = n / (whole.stratum == stratum).sum()
+            weight[whole.stratum == stratum] = inclusion(whole.document[whole.stratum == stratum], n)[0]
         chosen = _draw(whole.stratum, counts, draws, rng)
         picked = rng.integers(_REPEATS, size=chosen.shape)
         expected, estimates = [], []
