@@ -1,47 +1,41 @@
 """What a subject says after prompts, as it is and edited: the next token, or a sampled continuation.
 
-All but the last token of every prompt is read once, unedited, and kept in the model's own cache; whatever is asked then
-runs the last token alone, on a copy of that cache. An edit therefore acts from the last prompt token on. Where a
-family's cache does not give what a whole pass gives, every question is a whole pass: RWKV, whose single steps mix up
-the rows of a batch, RecurrentGemma, which keeps its state in its modules, and any other that a first trial finds.
+All but the last token of every prompt is read once, unedited, and kept; whatever is asked then runs the last token
+alone, on a copy of what was kept. An edit therefore acts from the last prompt token on. Where single steps of a family
+do not give what a whole pass gives (``verdicts.py``), every question is a whole pass.
 
 Prompts are batched by their exact length and never padded: a recurrent state has no notion of padding.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import inspect
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 
 from exegete.errors import InputError
-from exegete.subjects.edits import Edit, edited
+from exegete.subjects.edits import Edit
+from exegete.subjects.running import Running
 from exegete.subjects.subject import Subject
+from exegete.subjects.verdicts import verdict
 
 Editing = Callable[[torch.Tensor], Edit]
 """Makes an edit of the strength of every row [rows]."""
 Noise = Callable[[int], torch.Tensor]
 """Gumbel noise [prompts, vocabulary] of each step: the same under every edit (common random numbers)."""
 ROWS_AT_ONCE = 256
-_CACHES = ("past_key_values", "cache_params")
-_EXACT, _HALF = 1e-4, 0.05  # of the largest logit, in float32 and below
-_VERDICTS: weakref.WeakKeyDictionary[Subject, bool] = weakref.WeakKeyDictionary()
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Batch:
-    """Prompts of one length: ``tokens`` [n, length], their places among all, and what was read of them (or None)."""
+    """Prompts of one length: their places among all, all that was read of them, and the ``last`` tokens [n, 1]."""
 
-    tokens: torch.Tensor
     places: torch.Tensor
-    cache: Any | None
+    read: Running
+    last: torch.Tensor
 
 
 @final
@@ -51,7 +45,7 @@ class Prompts:
     Args:
         subject: The model.
         prompts: Token ids of each, at least one token; BOS where the model should see one.
-        cached: Whether beginnings are kept; False makes every question a whole pass, None tries the model out.
+        cached: Whether beginnings are kept; False makes every question a whole pass, None goes by the verdict.
 
     Raises:
         InputError: For no prompts, or an empty one.
@@ -60,14 +54,16 @@ class Prompts:
     def __init__(self, subject: Subject, prompts: Sequence[Sequence[int]], *, cached: bool | None = None) -> None:
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise InputError("give at least one prompt, each of at least one token")
-        self._subject, self._n = subject, len(prompts)
-        self.cached = steps_exactly(subject) if cached is None else cached
+        self._n = len(prompts)
+        self.cached = verdict(subject).exact if cached is None else cached
         self._batches: list[_Batch] = []
         for length in sorted({len(prompt) for prompt in prompts}):
             places = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
             tokens = torch.tensor([[int(t) for t in prompts[i]] for i in places], device=subject.device)
-            cache = _beginning(subject, tokens[:, :-1]) if self.cached and length > 1 else None
-            self._batches.append(_Batch(tokens=tokens, places=torch.tensor(places), cache=cache))
+            read = Running.begin(subject, len(places), whole=not self.cached)
+            if length > 1:
+                read.feed(tokens[:, :-1], last=True)
+            self._batches.append(_Batch(places=torch.tensor(places), read=read, last=tokens[:, -1:]))
 
     def __len__(self) -> int:
         return self._n
@@ -80,9 +76,9 @@ class Prompts:
         """
         found: torch.Tensor | None = None
         for batch, which, rows in self._parts(len(strengths)):
-            state = _State(self._subject, batch, rows, cached=self.cached)
-            with self._edited(editing, torch.tensor(strengths)[which], state):
-                logits = state.next()
+            edits = () if editing is None else (editing(torch.tensor(strengths)[which]),)
+            running = batch.read.copy(rows)
+            logits = running.feed(batch.last[rows.to(batch.last.device)], edits=edits, last=True)[:, 0]
             if found is None:
                 found = logits.new_empty((len(strengths), self._n, logits.shape[-1]))
             found[which, batch.places[rows]] = logits.log_softmax(dim=-1)
@@ -101,112 +97,18 @@ class Prompts:
         """
         found = torch.zeros((len(strengths), self._n, steps), dtype=torch.long)
         for batch, which, rows in self._parts(len(strengths)):
-            state = _State(self._subject, batch, rows, cached=self.cached)
-            places = batch.places[rows]
-            with self._edited(editing, torch.tensor(strengths)[which], state):
-                for step in range(steps):
-                    logits = state.next()
-                    tokens = (logits + noise(step).to(logits)[places.to(logits.device)]).argmax(dim=-1)
-                    found[which, places, step] = tokens.cpu()
-                    state.append(tokens)
+            edits = () if editing is None else (editing(torch.tensor(strengths)[which]),)
+            running, places = batch.read.copy(rows), batch.places[rows]
+            tokens = batch.last[rows.to(batch.last.device)]
+            for step in range(steps):
+                logits = running.feed(tokens, edits=edits, last=True)[:, 0]
+                tokens = (logits + noise(step).to(logits)[places.to(logits.device)]).argmax(dim=-1, keepdim=True)
+                found[which, places, step] = tokens[:, 0].cpu()
         return found
 
     def _parts(self, n: int) -> Iterator[tuple[_Batch, torch.Tensor, torch.Tensor]]:
         """Yield batches with the strengths and rows [m] to run at once: every pair, in parts that bound memory."""
         for batch in self._batches:
-            pairs = torch.cartesian_prod(torch.arange(n), torch.arange(len(batch.tokens))).reshape(-1, 2)
+            pairs = torch.cartesian_prod(torch.arange(n), torch.arange(len(batch.last))).reshape(-1, 2)
             for part in torch.split(pairs, ROWS_AT_ONCE):
                 yield batch, part[:, 0], part[:, 1]
-
-    def _edited(
-        self, editing: Editing | None, strengths: torch.Tensor, state: _State
-    ) -> contextlib.AbstractContextManager[None]:
-        if editing is None:
-            return contextlib.nullcontext()
-        return edited(self._subject, [editing(strengths)], state.where)
-
-
-@final
-class _State:
-    """Some rows of a batch on their way: the tokens that the next pass reads, and what was read before."""
-
-    def __init__(self, subject: Subject, batch: _Batch, rows: torch.Tensor, *, cached: bool) -> None:
-        self._model = subject.model
-        tokens = batch.tokens[rows.to(batch.tokens.device)]
-        self._cached = cached
-        self._cache = None if batch.cache is None else copied(batch.cache, rows.to(tokens.device))
-        self._tokens = tokens[:, -1:] if cached else tokens
-        self.where = slice(None) if cached else slice(tokens.shape[1] - 1, None)
-
-    def next(self) -> torch.Tensor:
-        """Return the logits of the next token [rows, vocabulary], float32."""
-        output = _run(self._model, self._tokens, self._cache, keep=self._cached)
-        if self._cached:
-            self._cache = _cache_of(output)
-        logits: torch.Tensor = output["logits"][:, -1]
-        return logits.float()
-
-    def append(self, tokens: torch.Tensor) -> None:
-        """Take in the tokens [rows] that came next."""
-        self._tokens = tokens[:, None] if self._cached else torch.cat([self._tokens, tokens[:, None]], dim=1)
-
-
-def copied(cache: Any, rows: torch.Tensor) -> Any:
-    """Return a copy of a model's cache that holds the given rows of it, in this order; the cache stays as it is."""
-    chosen = copy.deepcopy(cache)
-    chosen.reorder_cache(rows)
-    return chosen
-
-
-def steps_exactly(subject: Subject) -> bool:
-    """Tell whether steps of one token on a copied cache give the logits of whole passes.
-
-    Tried out once for each subject: a few rows, some of them twice, an edit of nothing but the order.
-    """
-    if subject not in _VERDICTS:
-        _VERDICTS[subject] = _tried(subject)
-    return _VERDICTS[subject]
-
-
-@torch.no_grad()
-def _tried(subject: Subject) -> bool:
-    vocabulary = int(subject.model.get_input_embeddings().weight.shape[0])
-    tokens = ((torch.arange(24).reshape(3, 8) * 37 + 11) % vocabulary).to(subject.device)
-    rows = torch.tensor([1, 0, 1, 2], device=subject.device)
-    try:
-        cache = _beginning(subject, tokens[:, :5])
-        found = []
-        for _ in range(2):  # the second time shows whether the first changed what it began from
-            running = copied(cache, rows)
-            for at in range(5, 8):
-                output = _run(subject.model, tokens[rows, at : at + 1], running, keep=True)
-                running = _cache_of(output)
-            found.append(output["logits"][:, -1].float())
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError):
-        return False  # a cache of a kind of its own
-    whole = _run(subject.model, tokens, None, keep=False)["logits"][rows, -1].float()
-    bound = (_EXACT if subject.dtype == torch.float32 else _HALF) * float(whole.abs().max())
-    return all(bool(((logits - whole).abs() <= bound).all()) for logits in found)
-
-
-@torch.no_grad()
-def _beginning(subject: Subject, tokens: torch.Tensor) -> Any:
-    """Return the cache after tokens [rows, length], read without the head."""
-    return _cache_of(_run(subject.model.base_model, tokens, None, keep=True))
-
-
-def _run(model: Any, tokens: torch.Tensor, cache: Any | None, *, keep: bool) -> Mapping[str, Any]:
-    known = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"use_cache": keep, "logits_to_keep": 1}
-    if cache is not None:
-        options[next(name for name in _CACHES if name in known)] = cache
-    output: Mapping[str, Any] = model(input_ids=tokens, **{n: v for n, v in options.items() if n in known})
-    return output
-
-
-def _cache_of(output: Mapping[str, Any]) -> Any:
-    """Return the cache in a model's output. Raises KeyError where it holds none that is known."""
-    for name in _CACHES:
-        if output.get(name) is not None:
-            return output[name]
-    raise KeyError("cache")

@@ -31,6 +31,7 @@ Strength = float | torch.Tensor
 Where = slice | torch.Tensor
 """Positions of a pass that are edited: a slice of every row, or a mask [rows, positions] bool."""
 LatentEditKind = Literal["add", "clamp", "ablate"]
+_LOCAL = threading.local()
 
 
 class Edit(ABC):
@@ -155,6 +156,17 @@ def edited(subject: Subject, edits: Sequence[Edit], where: Where = slice(None)) 
     hooks.check()
 
 
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Let forward passes in this thread be as if nothing was edited, for as long as the context lasts."""
+    before = getattr(_LOCAL, "paused", False)
+    _LOCAL.paused = True
+    try:
+        yield
+    finally:
+        _LOCAL.paused = before
+
+
 def _placed(subject: Subject, edit: Edit) -> _Place:
     target = _canonical(subject, edit.target)
     source = None if edit.source is None else _canonical(subject, edit.source)
@@ -215,8 +227,13 @@ class _Hooks:
         if self._passes and missing:
             raise InputError(f"the forward pass never runs {', '.join(map(repr, missing))}; choose another hookpoint")
 
+    @property
+    def _elsewhere(self) -> bool:
+        """Whether the pass under way is none of those that are edited."""
+        return threading.get_ident() != self._thread or getattr(_LOCAL, "paused", False)
+
     def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() != self._thread:
+        if self._elsewhere:
             return
         given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
         self._shape = int(given.shape[0]), int(given.shape[1])
@@ -225,7 +242,7 @@ class _Hooks:
 
     def _before(self, point: Point) -> Any:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if threading.get_ident() != self._thread:
+            if self._elsewhere:
                 return None
             # The same tensor that ``capture`` reads.
             at = next((i for i, value in enumerate(args) if torch.is_tensor(value)), None)
@@ -239,7 +256,7 @@ class _Hooks:
 
     def _after(self, point: Point) -> Any:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if threading.get_ident() != self._thread:
+            if self._elsewhere:
                 return None
             return _with_first(output, lambda value: self._through(point, value))
 

@@ -193,7 +193,7 @@ def _from_pretrained(
         raise CorruptError(f"{where!r} lacks {len(names)} weights of its architecture, such as {names[0]}")
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
         raise InputError(f"{where!r} has no tokenizer; save one there with tokenizer.save_pretrained")
-    if model.config.model_type == "rwkv":
+    if model.config.model_type.startswith("rwkv"):
         # Else the first pass halves weights in place, and hidden states change their scale every few blocks.
         model.config.rescale_every = 0
     return model, tokenizer

@@ -18,6 +18,12 @@ from exegete.subjects.continuing import Editing, Prompts
 
 TOLERANCE: Final = 0.1
 """Relative error of a KL that counts as met."""
+AIM: Final = 0.01
+"""Relative error of a KL that is not worth another pass. A score moves with the KL that it was measured at, by as much
+after every prompt, so that the prompts' scatter does not tell of it: within the tolerance alone that can be more than
+an interval over prompts is wide."""
+REFINED: Final = 4
+"""Passes that come nearer to a target than the tolerance, at most."""
 ROUNDS: Final = 16
 """Passes of a search at most."""
 _FIRST: Final = (0.25, 1.0, 4.0, 16.0)
@@ -80,9 +86,9 @@ def match_divergence(
 
     The search begins around ``start``, steps out by factors of 8 until a target lies between two strengths, and then
     interpolates on logarithmic axes, where KL is nearly a line (it grows with the square of a small strength); every
-    third step halves the interval instead, which ends where it is no line. A target is not met where more strength no
-    longer changes the KL, or no strength of ``rounds`` passes has it. ``clean`` [prompts, vocabulary] are the clean log
-    probabilities.
+    third step halves the interval instead, which ends where it is no line. A target that is met is followed for a few
+    passes more, until its KL is within 1 %. One is not met where more strength no longer changes the KL, or no strength
+    of ``rounds`` passes has it. ``clean`` [prompts, vocabulary] are the clean log probabilities.
 
     Raises InputError for targets or a start that are not positive and finite.
     """
@@ -90,10 +96,14 @@ def match_divergence(
         raise InputError(f"target KLs and the first strength are positive numbers, got {[*targets, start]}")
     seen: dict[float, float] = {}
     asked = [start * factor for factor in _FIRST]
+    since = dict.fromkeys(targets, 0)
     for turn in range(rounds):
         kls = mean_divergence(prompts, editing, asked, clean)
         seen.update(zip(asked, (math.inf if math.isnan(kl) else kl for kl in kls), strict=True))
-        left = [target for target in targets if _met(seen, target, tolerance) is None]
+        for target in targets:
+            since[target] += _met(seen, target, tolerance) is not None
+        aim = min(AIM, tolerance)
+        left = [target for target in targets if since[target] <= REFINED and _met(seen, target, aim) is None]
         wanted = {_next(seen, target, turn) for target in left}
         asked = sorted(strength for strength in wanted if strength is not None and strength not in seen)
         if not asked:

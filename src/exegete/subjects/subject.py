@@ -191,7 +191,7 @@ class Subject:
         for what, other in (("mask", attention_mask), ("documents", documents)):
             if other is not None and other.shape != tokens.shape:
                 raise InputError(f"tokens {tuple(tokens.shape)} and {what} {tuple(other.shape)} differ in shape")
-        self._check_ids(tokens)
+        self.check_ids(tokens)
         wanted = {point: self._single(*point) for point in points}
         if documents is not None and attention_mask is not None:
             documents = documents.masked_fill(attention_mask.to(documents.device) == 0, -1)
@@ -257,7 +257,8 @@ class Subject:
         size = int(self.model.get_input_embeddings().weight.shape[0])
         return keeps_apart(self._pass, (list(self._layers)[-1], "output"), size)
 
-    def _check_ids(self, tokens: torch.Tensor) -> None:
+    def check_ids(self, tokens: torch.Tensor) -> None:
+        """Raise MismatchError for ids outside the vocabulary."""
         size = int(self.model.get_input_embeddings().weight.shape[0])
         low, high = (int(bound) for bound in tokens.aminmax()) if tokens.numel() else (0, 0)
         if low < 0 or high >= size:
