@@ -60,7 +60,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_a_plan_of_a_run_counts_stages_tokens_and_money(collected: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", str(collected), "--explainer", "default", "--llm", "openai/gpt-4o-mini"]
     text = out(capsys, *arguments)
-    assert "layers.0 explain: 4 of 4 latents, " in text
+    assert ["layers.0", "explain", "4", "of", "4"] in [line.split()[:5] for line in text.splitlines()]
     assert "at list" in text
     found = json.loads(out(capsys, *arguments, "--json"))
     assert [s["stage"] for s in found["stages"]] == ["explain", "detection", "fuzzing"]
@@ -81,7 +81,7 @@ def test_a_plan_before_collecting_says_what_it_assumes(toy_folder: Path, capsys:
         *("--max-tokens", "10k", "--explainer", "default", "--llm", "http://127.0.0.1:9/v1#m", "--latents", "7"),
     )
     assert "10,000 tokens, 1 pass(es) through the subject, 2 coder(s)" in text
-    assert "layers.0 explain: 7 of 7 latents, 7 requests" in text
+    assert ["layers.0", "explain", "7", "of", "7", "1.0"] in [line.split()[:6] for line in text.splitlines()]
     assert "price: not known" in text
     assert "nothing is collected yet" in text
     assert "no language model" in out(capsys, "plan", str(toy_folder / "model"), str(toy_folder / "coders"))
@@ -222,3 +222,75 @@ def test_in_a_running_loop_as_of_a_notebook_calls_work_and_fail_as_elsewhere(col
             ex.score(explanation, view, scorer="detection")
 
     asyncio.run(cell())
+
+
+def requests_of(capsys: pytest.CaptureFixture[str], collected: Path, *more: str) -> int:
+    asked = ["plan", str(collected), "--explainer", "default", "--llm", "openai/gpt-4o-mini", "--json"]
+    found = json.loads(out(capsys, *asked, "--scorers", "detection", *more))
+    return int(next(s["requests"] for s in found["stages"] if s["stage"] == "detection"))
+
+
+def test_nulls_are_chosen_on_the_command_line(collected: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    none = requests_of(capsys, collected, "--controls", "none")
+    assert requests_of(capsys, collected, "--controls", "empty") == 2 * none
+    assert requests_of(capsys, collected, "--controls", "shuffled_words", "empty") == 3 * none
+    assert requests_of(capsys, collected, "--controls", "shuffled_words", "--controls", "empty") == 3 * none
+    whole = requests_of(capsys, collected, "--controls", "all")
+    assert whole == requests_of(capsys, collected, "--controls", "other_latent", "shuffled_words", "empty") > 3 * none
+    run = str(collected)
+    assert "choose from 'other_latent'" in refused(capsys, "score", run, "--controls", "nonsense")
+    assert "each alone" in refused(capsys, "score", run, "--controls", "none", "empty")
+    assert "names each null once" in refused(capsys, "score", run, "--controls", "empty", "empty")
+
+
+def test_scoring_without_nulls_and_in_rounds_prints_what_came_of_it(
+    collected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(collected, run, ignore=shutil.ignore_patterns("results.db*"))
+    out(capsys, "explain", str(run), "-q")
+    text = out(capsys, "score", str(run), "-q", "--scorers", "detection", "--controls", "none", "--certify", "0.8")
+    opened = ex.open_run(run)
+    assert {str(name) for name in opened.table("scores")["control"]} == {"none"}
+    (found,) = ex.stopped(opened)
+    assert (found.scorer, found.certify, found.stop_when, found.plumbing) == ("detection", 0.8, None, False)
+    assert found.judgements <= 10 * len(found.latents)
+    assert sum(found.decisions) == len(found.latents)
+    assert f"{found.judgements:,} judgements, " in text
+    assert f"the {found.fixed_test:,} of a fixed test of equal errors" in text
+    assert "with --certify 0.8" in out(capsys, "report", str(run), "-q")
+    page = opened.report_path.read_text()
+    assert "Judged only as much as needed" in page
+    assert "null mean" not in page  # without nulls no figure speaks of them
+    again = out(capsys, "score", str(run), "-q", "--scorers", "detection", "--certify", "none")
+    assert "--certify" not in again
+    assert ex.stopped(ex.open_run(run)) == ()
+
+
+def test_a_plan_says_who_answers_and_what_early_stopping_comes_to_at_most(
+    collected: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["plan", str(collected), "--explainer", "default", "--llm", "openai/gpt-4o-mini", "--scorers"]
+    found = json.loads(
+        out(capsys, *asked, "surprisal", "intervention", "intervention:faithful=true", "embedding", "--json")
+    )
+    by = {s["stage"]: (s["by"], s["requests"]) for s in found["stages"]}
+    assert by["surprisal"] == by["intervention"] == ("by the subject, in this process", 0)
+    assert by["embedding"] == ("by the embedder, in this process", 0)
+    assert by["intervention:faithful=true"][1] > 0
+    assert found["total"]["requests"] == by["explain"][1] + by["intervention:faithful=true"][1]
+    text = out(capsys, *asked, "surprisal")
+    assert "by the subject, in this process" in text
+    served = json.loads(out(capsys, *asked, "surprisal", "--reader", "http://127.0.0.1:9/v1#base", "--json"))
+    (reading,) = [s for s in served["stages"] if s["stage"] == "surprisal"]
+    assert reading["by"] == "by http://127.0.0.1:9/v1#base"
+    assert reading["requests"] > 0
+    assert served["total"]["requests"] == by["explain"][1]
+
+    fixed = json.loads(out(capsys, *asked, "detection", "--json"))
+    early = json.loads(out(capsys, *asked, "detection", "--stop-when", "0.2", "--json"))
+    (bound,) = [s for s in early["stages"] if s["stage"] == "detection"]
+    assert bound["requests"] == next(s["requests"] for s in fixed["stages"] if s["stage"] == "detection")
+    assert 0 < bound["expected"]["requests"] <= bound["requests"]
+    assert "expected" not in fixed["total"]
+    assert "Beta(6, 2.2)" in " ".join(early["remarks"])

@@ -85,3 +85,26 @@ def test_yaml_cannot_build_objects(tmp_path: Path) -> None:
     (tmp_path / "evil.yaml").write_text("subject: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(ConfigError, match="not valid YAML"):
         RunConfig.from_yaml(tmp_path / "evil.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "controls"),
+    [
+        ("none", ()),
+        (["none"], ()),
+        ([], ()),
+        ("all", ("other_latent", "shuffled_words", "empty")),
+        ("empty", ("empty",)),
+        (["empty", "other_latent"], ("empty", "other_latent")),
+    ],
+)
+def test_a_list_of_names_may_be_all_or_none(given: object, controls: tuple[str, ...]) -> None:
+    made = RunConfig.from_dict({"scoring": {"controls": given}})
+    assert made.scoring.controls == controls
+    assert RunConfig.from_dict(made.to_dict()) == made
+
+
+@pytest.mark.parametrize(("given", "words"), [(["all", "empty"], "each alone"), ("other", "one of"), (3, "one of")])
+def test_names_that_are_none_are_refused(given: object, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        RunConfig.from_dict({"scoring": {"controls": given}})

@@ -407,9 +407,11 @@ def test_an_older_format_is_upgraded_and_keeps_its_rows(path: Path, monkeypatch:
     write_run(path)
     before = Results.open(path, readonly=True).canonical_rows()
     added = (*MIGRATIONS, Migration(name="notes", statements=("CREATE TABLE notes (text TEXT)",)))
-    monkeypatch.setattr("exegete.results.MIGRATIONS", added)
-    monkeypatch.setattr("exegete.results.check_format", lambda d, p: results_schema.check_format(d, p, added))
-    monkeypatch.setattr("exegete.results.migrate", lambda d, p: migrate(d, p, added))
+    monkeypatch.setattr("exegete.results_connection.MIGRATIONS", added)
+    monkeypatch.setattr(
+        "exegete.results_connection.check_format", lambda d, p: results_schema.check_format(d, p, added)
+    )
+    monkeypatch.setattr("exegete.results_connection.migrate", lambda d, p: migrate(d, p, added))
     with pytest.raises(InputError, match="has format 3 and this exegete reads 4; upgrade it with"):
         Results.open(path, readonly=True)
     Results.open(path).close()

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import exegete as ex
+from exegete import scoring
 from exegete.analysis.summary import summarise
 from exegete.cli import main
 from exegete.cli.options import build_parser, given
 from exegete.config import RunConfig
+from exegete.demo import assets
 from exegete.errors import ConfigError, InputError
+from exegete.llm.open import client_from_spec
 from exegete.llm.reading import check_reader
 from exegete.llm.scripted import ScriptedClient
-from exegete.pipeline import Pipeline, run_pipeline
+from exegete.pipeline import Pipeline, report, run_pipeline
 from exegete.planner import plan
-from exegete.runs import Run
-from exegete.scoring import check_scorers
-from exegete.types import LLMReply, LLMRequest
+from exegete.results_schema import MIGRATIONS, Migration, check_format, migrate
+from exegete.runs import Run, open_run
+from exegete.scorers.detection import DetectionScorer
+from exegete.scorers.scorer import make_scorer
+from exegete.scoring import ScoreStage, check_scorers
+from exegete.types import LatentId, LLMReply, LLMRequest
+from exegete.views import Donor
 
 
 def config(toy: Path, **changes: Any) -> RunConfig:
@@ -120,8 +130,7 @@ def test_plans_of_discrimination_count_requests_with_and_without_firings(run: Ru
     settings = config(toy_folder, scorers=("discrimination",))
     settings = dataclasses.replace(settings, llm=dataclasses.replace(settings.llm, llm="simulated"))
     for where in (None, run):
-        (stage,) = plan(settings, where).stages
-        assert stage.stage == "discrimination"
+        (stage,) = (stage for stage in plan(settings, where).stages if stage.stage == "discrimination")
         assert stage.asked.requests > 0
 
 
@@ -139,3 +148,158 @@ def test_none_takes_an_optional_setting_back(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main(["score", "RUN", "--certify", "much"])
     assert "invalid float value: 'much'" in capsys.readouterr().err
+
+
+def counted(asked: list[LLMRequest]) -> ScriptedClient:
+    def answer(request: LLMRequest) -> str:
+        asked.append(request)
+        return str([1] * 24)
+
+    return ScriptedClient(answer)
+
+
+def test_more_explained_latents_do_not_mix_with_contrasts_among_fewer(
+    run: Run, toy_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    made = open_run(folder)
+
+    def judged(count: int) -> int:
+        asked: list[LLMRequest] = []
+        base = config(toy_folder, scorers=("discrimination:near=2,per_request=24",))
+        settings = dataclasses.replace(base, latents=dataclasses.replace(base.latents, count=count))
+        with Pipeline(settings, folder) as pipeline:
+            pipeline.explain(None)
+            pipeline.score(counted(asked))
+        return len(asked)
+
+    def stored() -> dict[str, dict[int, dict[str, Any]]]:
+        with made.results() as results:
+            stages = results.stages().items()
+            keys = [k for k, (name, spec) in stages if name == "discrimination" and spec["judge"] == "scripted"]
+            owner = {i: e.latent.index for i, e in results.explanations("layers.0").items()}
+            table = results.table("details")
+            rows = zip(table["key"], table["explanation"], table["data"], strict=True)
+            found: dict[str, dict[int, dict[str, Any]]] = {key: {} for key in keys}
+            for key, explanation, data in rows:
+                if key in found:
+                    found[key][owner[int(explanation)]] = json.loads(data)
+            return found
+
+    assert judged(6) > 0
+    (before,) = (found for key, found in stored().items())
+    assert judged(6) == 0
+    caplog.clear()
+    again = judged(10)
+    (key,) = set(stored()) - {k for k, found in stored().items() if found == before}
+    after = stored()[key]
+    assert before in stored().values()  # what was paid for is still there
+    nearest = {i: [near["latent"] for near in detail["near"]] for i, detail in after.items()}
+    earlier = {i: [near["latent"] for near in detail["near"]] for i, detail in before.items()}
+    kept = {i for i, near in earlier.items() if nearest.get(i) == near}
+    changed = set(earlier) - kept
+    assert kept
+    assert changed
+    assert {after[i] == before[i] for i in kept} == {True}
+    assert again > 0
+    assert f"{len(changed)} latents have other nearest ones" in caplog.text
+    with made.results() as results:
+        (spec,) = (spec for k, (_, spec) in results.stages().items() if k == key)
+        column = results.score_column("layers.0", "discrimination", "bits", explainer=spec["explain"], plumbing=True)
+        assert set(column.index.tolist()) == set(after)  # of one contest, all of them
+    assert judged(10) == 0
+
+
+def test_scores_say_whose_explanations_their_null_is_of(run: Run) -> None:
+    with run.results() as results:
+        found = results.details("layers.0", "detection")
+        explained = {e.latent.index for e in results.explanations("layers.0").values()}
+    assert found
+    for index, detail in found.items():
+        assert 1 <= len(detail["donors"]) <= 3
+        assert index not in detail["donors"]
+        assert set(detail["donors"]) <= explained
+
+
+def test_donors_are_looked_for_only_where_a_scorer_takes_them_and_negatives_always(
+    run: Run, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run.folder, tmp_path / "run")
+    asked: list[str] = []
+
+    def no_donors(*_: Any, **__: Any) -> dict[LatentId, tuple[Donor, ...]]:
+        asked.append("donors")
+        return {}
+
+    monkeypatch.setattr(scoring, "choose_donors", no_donors)
+    monkeypatch.setattr(ScoreStage, "_ready_negatives", lambda *_: asked.append("negatives"))
+    monkeypatch.setattr(DetectionScorer, "needs", frozenset({"examples"}))
+    for name, looked in (
+        ("detection:per_request=2", ["negatives"]),
+        ("fuzzing:per_request=2", ["negatives", "donors"]),
+    ):
+        asked.clear()
+        score(open_run(tmp_path / "run"), config(toy_folder, scorers=(name,), latents=run.config.latents))
+        assert asked == looked * len(run.coders())
+
+
+def test_an_older_runs_results_are_upgraded_by_its_report(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run.folder, tmp_path / "run")
+    newer = (*MIGRATIONS, Migration(name="notes", statements=("CREATE TABLE notes (text TEXT)",)))
+    monkeypatch.setattr("exegete.results_connection.MIGRATIONS", newer)
+    monkeypatch.setattr("exegete.results_connection.check_format", lambda d, p: check_format(d, p, newer))
+    monkeypatch.setattr("exegete.results_connection.migrate", lambda d, p: migrate(d, p, newer))
+    made = open_run(tmp_path / "run")
+    with pytest.raises(InputError, match="upgrade it with: exegete report RUN"):
+        made.results()
+    report(made)
+    made.results().close()
+
+
+def test_whether_a_score_is_a_measurement_is_asked_of_every_view(
+    run: Run, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run.folder, tmp_path / "run")
+    with run.results() as results:
+        odd = sorted({s.latent.index for s in results.scores(scorer="detection")})[1]
+    monkeypatch.setattr(DetectionScorer, "plumbing", lambda self, view: view.latent.index == odd)
+    settings = config(toy_folder, scorers=("detection:per_request=3",), latents=run.config.latents)
+    score(open_run(tmp_path / "run"), settings)
+    with open_run(tmp_path / "run").results() as results:
+        (key,) = (
+            k
+            for k, (name, spec) in results.stages().items()
+            if name == "detection" and spec["scorer"]["args"]["per_request"] == 3
+        )
+        found = results.scores(key=key)
+    assert {s.latent.index for s in found if s.plumbing} == {odd}
+    assert len({s.latent.index for s in found}) > 1
+
+
+def test_scores_of_what_a_simulated_model_wrote_are_plumbing_checks_in_python_too(run: Run) -> None:
+    view = run.latent("layers.0", run.table("explanations")["idx"][0])
+    rule = ex.explain(view)
+    assert not ex.score(rule, view).plumbing
+    assert ex.score(dataclasses.replace(rule, detail={"model": "simulated:true_positive_rate=1"}), view).plumbing
+    written = ex.explain(view, explainer="default", llm=ScriptedClient(lambda _: "[EXPLANATION]: x", name="gpt"))
+    assert written.detail["simulated"] is True
+    fitted = dataclasses.replace(rule, detail=written.detail)
+    assert ex.score(fitted, view).plumbing
+    null = dataclasses.replace(fitted, latent=LatentId(coder="layers.0", index=10**6))
+    assert ex.score(rule, view, donors=[null]).plumbing
+
+
+def test_a_judge_that_knows_no_natural_language_measures_nothing(run: Run) -> None:
+    view = run.latent("layers.0", run.table("explanations")["idx"][0])
+    llm = client_from_spec(f"hf/{assets() / 'model'}", run.config.llm)
+    assert llm is not None
+    assert not llm.natural
+    for name in ("detection", "fuzzing", "simulation", "intruder", "discrimination"):
+        scorer = make_scorer(name, run.config)
+        assert scorer.plumbing(dataclasses.replace(view, llm=llm))
+    assert not make_scorer("detection", run.config).plumbing(view)
+    assert not make_scorer("detection:judge=rule", run.config).plumbing(dataclasses.replace(view, llm=llm))
+    llm.end()

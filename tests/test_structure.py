@@ -38,6 +38,7 @@ ORDER = [
     {"status", "preparing"},
     {"scoring"},
     {"pipeline", "planner"},
+    {"steering", "lens", "elk"},
     {"api"},
     {"testing", "cli", "__main__"},
 ]

@@ -174,6 +174,9 @@ def test_windows_are_examples_as_columns() -> None:
     assert windows.take(np.array([True, False, True])).row.tolist() == [0, 2]
     assert windows.take(np.array([2, 0])).row.tolist() == [2, 0]
     assert windows.weight.tolist() == [4, 2, 2]
+    assert windows.strongest.tolist() == [e.maximum for e in windows]
+    assert windows.strongest.dtype == np.float64
+    assert windows[:0].strongest.tolist() == []
     with pytest.raises(IndexError):
         windows[3]
     assert len(Windows.of([])) == 0

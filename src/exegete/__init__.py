@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from exegete.api import explain_async as explain_async
     from exegete.api import export_run as export_run
     from exegete.api import load_corpus as load_corpus
+    from exegete.api import load_simulations as load_simulations
     from exegete.api import plan as plan
     from exegete.api import run as run
     from exegete.api import score as score
     from exegete.api import score_async as score_async
     from exegete.api import select as select
+    from exegete.api import stopped as stopped
     from exegete.codec import from_json as from_json
     from exegete.codec import to_json as to_json
     from exegete.coders import direction_coder as direction_coder
@@ -66,6 +68,7 @@ _HOMES = {
     "load_coders": "exegete.coders",
     "load_corpus": "exegete.api",
     "load_directions": "exegete.coders",
+    "load_simulations": "exegete.api",
     "load_subject": "exegete.subjects",
     "neuron_coder": "exegete.coders",
     "open_run": "exegete.runs",
@@ -77,6 +80,7 @@ _HOMES = {
     "score": "exegete.api",
     "score_async": "exegete.api",
     "select": "exegete.api",
+    "stopped": "exegete.api",
     "to_json": "exegete.codec",
     "validate": "exegete.testing",
 }
@@ -102,6 +106,7 @@ __all__ = [
     "load_coders",
     "load_corpus",
     "load_directions",
+    "load_simulations",
     "load_subject",
     "neuron_coder",
     "open_run",
@@ -113,6 +118,7 @@ __all__ = [
     "score",
     "score_async",
     "select",
+    "stopped",
     "to_json",
     "validate",
 ]

@@ -19,16 +19,17 @@ from exegete.pipeline import Pipeline, check_llm, run_pipeline
 from exegete.preparing import Prepared
 from exegete.runs import Run, example_config
 from exegete.scorers.scorer import scorers
-from exegete.scoring import flagged
+from exegete.scoring import flagged, only_checks
 from exegete.types import ExampleSet, Explanation, Score, Skipped
 from exegete.views import Donor, LatentView, Near
 
 if TYPE_CHECKING:
-    from exegete.analysis.shapes import Certified
+    from exegete.analysis.shapes import Certified, Stopped
     from exegete.coders.coder import SparseCoder
     from exegete.llm.client import LLMClient
     from exegete.llm.reader import Reader
     from exegete.planning import Plan
+    from exegete.scorers.simulation_records import SimulationResults
     from exegete.store.corpus import Corpus
     from exegete.store.store import Store
     from exegete.subjects import Subject
@@ -152,13 +153,24 @@ def plan(config: str | Path | RunConfig | Run, **changes: Any) -> Plan:
 
 
 def export_run(run: Run, *, to: str, out: str | Path, coders: Sequence[str] | None = None) -> Path:
-    """Write a run in a form that other tools read and return the new folder; ``to`` is ``delphi``.
+    """Write a run in a form that other tools read and return the new folder; ``to`` is ``delphi`` or ``openai``.
 
     Raises InputError for another form and when the folder exists already.
     """
     from exegete.export import export_run as exported
 
     return exported(run, to=to, out=Path(out), coders=coders)
+
+
+def load_simulations(path: str | Path) -> SimulationResults:
+    """Read a file of simulations of OpenAI's neuron explainer, or one that ``export_run`` wrote (``openai``).
+
+    The scores in it are computed anew from its predictions and activations, by the explainer's formulas. Raises
+    CorruptError when it is none.
+    """
+    from exegete.scorers.simulation_records import load_results, rescored
+
+    return rescored(load_results(Path(path)))
 
 
 def certify(
@@ -181,6 +193,21 @@ def certify(
     results = run.results()
     try:
         return certified(results, coder, scorer=scorer, level=level, rate=rate, correction=correction, worst=worst)
+    finally:
+        results.close()
+
+
+def stopped(run: Run, coder: str | None = None, *, scorer: str | None = None) -> tuple[Stopped, ...]:
+    """Return what came of the scorers that judged each latent only as much as needed (``certify``, ``stop_when``).
+
+    Of each coder, explaining stage and scorer, or of those named: which latents were decided to lie above or below,
+    and the judgements that it took beside those of a fixed number. Empty where every window was judged.
+    """
+    from exegete.analysis.stopping import stopped as found
+
+    results = run.results()
+    try:
+        return found(results, coder, scorer=scorer)
     finally:
         results.close()
 
@@ -242,7 +269,8 @@ def score(
         if made.needs & {"logprobs", "prompt_logprobs"}:
             check_llm(view.llm, {f"scorer {scorer!r}": made.needs})
         found = list(made.score([(explanation, view)]))
-        checked = [flagged(scoring, "plumbing") if made.plumbing(view) else scoring for scoring in found]
+        checks = only_checks(made, explanation, view)
+        checked = [flagged(scoring, "plumbing") if checks else scoring for scoring in found]
         scores = [s for scoring in checked for s in scoring.scores if s.control == "none"]
     if not scores:
         raise InputError(f"scorer {scorer!r} has nothing to say of this explanation (status {explanation.status!r})")

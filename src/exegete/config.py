@@ -24,6 +24,8 @@ Strategy = Literal["top", "random", "quantiles", "bins", "mix", "importance", "d
 TestStrategy = Literal["quantiles", "bins", "random", "importance"]
 Negative = Literal["near_miss", "same_token", "neighbour", "similar", "random"]
 Control = Literal["other_latent", "shuffled_words", "empty"]
+WHOLE = ("all", "none")
+"""What may stand alone where a list of named choices is wanted."""
 NEGATIVES: tuple[Negative, ...] = typing.get_args(Negative)
 """Kinds of silent windows; a window of several kinds is of the first of them."""
 
@@ -181,7 +183,7 @@ class ScoreConfig:
 
     controls: tuple[Control, ...] = ("other_latent",)
     """Nulls judged beside every explanation: other_latent (explanations of other latents that fire about as often),
-    shuffled_words (its own words in another order), empty (no explanation)."""
+    shuffled_words (its own words in another order), empty (no explanation). all for these, none for no null."""
     reader: str = "auto"
     """Language model whose log probabilities surprisal and intervention read: subject (the model looked into),
     URL#MODEL (a server that gives those of prompts), hf/MODEL, or auto (--llm where it gives them, else subject)."""
@@ -384,6 +386,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         items = [value] if isinstance(value, str | int) else value
         if not isinstance(items, list | tuple):
             raise ConfigError(f"setting {name!r} is a list, got {value!r}")
+        if typing.get_origin(inner) is Literal and any(item in WHOLE for item in items):
+            if len(items) > 1:
+                raise ConfigError(f"setting {name!r} is all or none, each alone, or a list of names; got {list(items)}")
+            return typing.get_args(inner) if items[0] == "all" else ()
         return tuple(_convert(inner, item, name) for item in items)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)

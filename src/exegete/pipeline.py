@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, final
 from exegete.config import RunConfig
 from exegete.errors import InputError
 from exegete.explainers.explainer import explainers
-from exegete.files import RunLock, hash_json, read_json, write_json, write_text
-from exegete.keys import Keys, refuse_changes, settings_under
+from exegete.files import RunLock, read_json, write_json, write_text
+from exegete.keys import Keys, key_of, refuse_changes, settings_under
 from exegete.llm.client import run_to_end
 from exegete.preparing import RANDOM_CODER, RANDOM_SUBJECT, Loader, Prepared, prepare, text_of
 from exegete.progress import Progress, Silent
@@ -193,7 +193,7 @@ class Pipeline:
     def _explain_coder(self, coder: str, name: str, results: Results, llm: LLMClient | None) -> None:
         explainer = explainers.from_text(name)
         spec = self._keys.explain(coder, llm, name)
-        key = hash_json(spec)
+        key = key_of(spec)
         results.add_stage(key, "explain", spec)
         indices = self.draw(coder, results)
         done = results.done(key, failed=False)  # a call that failed is made again
@@ -243,10 +243,9 @@ class Pipeline:
         return report(self.run, self.config, self._progress)
 
     def _title(self) -> str:
-        from exegete.demo import assets
+        from exegete.demo import title
 
-        ours = Path(self.config.subject).is_relative_to(assets())
-        return "The embedded default: a Python-code model" if ours else self.config.subject
+        return title(self.config.subject) or self.config.subject
 
     # -- the run's own files -----------------------------------------------------------------------------------------
 
@@ -294,6 +293,8 @@ def report(run: Run, config: RunConfig | None = None, progress: Progress | None 
     """Write the report of a run from its results and stores; needs neither subject nor coders."""
     from exegete.analysis.report import write_report
 
+    if (run.folder / "results.db").is_file():
+        run.results(readonly=False).close()  # those of an older exegete are brought to today's format
     results = run.results()
     shown = progress or Silent()
     find = run.examples_of(config)

@@ -11,12 +11,14 @@ import numpy as np
 from exegete.config import RunConfig
 from exegete.donors import choose_donors, choose_near
 from exegete.explainers.explainer import Explainer, explainers
-from exegete.files import hash_json
-from exegete.keys import Keys
+from exegete.keys import Keys, key_of
+from exegete.llm.identity import IN_PROCESS
+from exegete.llm.reading_server import STAGE as READING
 from exegete.llm.reading_server import ServerReader
 from exegete.planning import (
     BYTES_PER_TOKEN,
     EXPLANATION_TOKENS,
+    SCORES,
     Asked,
     CountingClient,
     CountPrompt,
@@ -25,10 +27,13 @@ from exegete.planning import (
     StagePlan,
     count_bytes,
     count_parts,
+    judged_share,
     sample,
 )
 from exegete.runs import Run, drawn
-from exegete.scorers.scorer import Scorer, make_scorer
+from exegete.scorers.judged import JudgedScorer
+from exegete.scorers.scorer import Scorer, make_scorer, scorers
+from exegete.scorers.sequential import Stopping, Tested
 from exegete.scoring import near_of
 from exegete.tokens import TokenTable
 from exegete.types import Example, ExampleSet, Explanation, Firings, LatentId, LLMRequest, Rows, Split
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
 
 _FIRING_BYTES = 4  # of a stored firing, see docs/stores.md
 _MANY = 100  # latents among which none lacks donors
+_IN_PROCESS = {"rule": "by the rule, executed", "subject": "by the subject, in this process"}
 _MADE_UP = 4  # latents whose requests are counted where nothing is collected
 _WORD = "abcdefghijklmnopqrstuvwxyz"
 
@@ -70,6 +76,7 @@ def plan(config: RunConfig, run: Run | None = None) -> Plan:
         stages = _of_run(run, config, client) if run is not None and collected else _of_config(config, client)
         if not collected:
             remarks.append("nothing is collected yet: the windows are made up, and all latents are taken to be alive")
+        remarks += _remarks(stages, made)
     return Plan(
         model=spec,
         stages=tuple(stages),
@@ -78,6 +85,22 @@ def plan(config: RunConfig, run: Run | None = None) -> Plan:
         collect={} if collected else _collecting(config),
         remarks=tuple(remarks) if spec != "none" else (),
     )
+
+
+def _remarks(stages: Sequence[StagePlan], made: Sequence[Scorer]) -> list[str]:
+    """Return what else the figures rest on."""
+    found = []
+    if any(stage.expected is not None for stage in stages):
+        found.append(
+            f"where judging stops early, at most what the budget allows is asked; expected is for balanced accuracies "
+            f"like the paper's, Beta({SCORES[0]:g}, {SCORES[1]:g})"
+        )
+    if any(dict(s.spec["args"]).get("how") == "auto" for s in made if s.spec["name"] == "simulation"):
+        found.append(
+            "simulation is counted as one reply of JSON a window; where the server gives log probabilities of prompts "
+            "it is as with how=all_at_once"
+        )
+    return found
 
 
 def _counter(config: RunConfig) -> tuple[CountTokens, CountPrompt, bool]:
@@ -126,7 +149,7 @@ def _of_run(run: Run, config: RunConfig, client: CountingClient) -> list[StagePl
     finally:
         if results is not None:
             results.close()
-    return [stage for stage in stages if stage.asked.requests]
+    return [stage for stage in stages if stage.left]
 
 
 def _of_coder(
@@ -142,7 +165,7 @@ def _of_coder(
             shown[some] = _views(run, coder, some, config, client)
         return shown[some], len(some)
 
-    done = _done(results, coder, hash_json(keys.explain(coder, client)), failed=False)
+    done = _done(results, coder, key_of(keys.explain(coder, client)), failed=False)
     left = [i for i in chosen if i not in done]
     explainer = explainers.from_text(config.explainer)
     yield _explaining(coder, explainer, *views(left), len(chosen), len(left), client)
@@ -158,14 +181,17 @@ def _of_coder(
         run, coder, [usable.get(i) or _planned(LatentId(coder=coder, index=i), client) for i in judged[:_MANY]], config
     )
     for name in config.scorers:
-        done = _done(results, coder, hash_json(keys.score(name, client, key)))
+        reader = config.scoring.reader  # nobody is asked here whether it can read
+        readers = ("subject", client.name) if reader == "auto" else (reader,)
+        specs = [keys.score(name, client, key, among={*usable, *judged}, reader=who) for who in readers]
+        done = {index for spec in specs for index in _done(results, coder, key_of(spec))}
         left = [i for i in judged if i not in done]
         some, sampled = views(left)
         items = [
             (e, _beside(v, donors[v.latent.index], e, config, near.get(v.latent, ())))
             for e, v in _explained(some, usable, client)
         ]
-        yield _scoring(coder, name, make_scorer(name, config), items, sampled, len(chosen), len(left), client)
+        yield _scoring(coder, name, config, items, sampled, len(chosen), len(left), client)
 
 
 def _n_donors(run: Run, coder: str, judged: Sequence[int], wanted: int) -> Mapping[int, int]:
@@ -214,16 +240,20 @@ def _explaining(
     client: CountingClient,
 ) -> StagePlan:
     client.begin()
-    if "llm" in explainer.needs:
+    asks = "llm" in explainer.needs
+    if asks:
         for _ in explainer.explain(views, concurrency=1):
             pass
-    return StagePlan(coder=coder, stage="explain", latents=latents, left=left, asked=_scaled(client, left, sampled))
+    asked = _scaled(client, left, sampled)
+    return StagePlan(
+        coder=coder, stage="explain", latents=latents, left=left, asked=asked, by="" if asks else "in this process"
+    )
 
 
 def _scoring(
     coder: str,
     name: str,
-    scorer: Scorer,
+    config: RunConfig,
     items: Sequence[tuple[Explanation, LatentView]],
     sampled: int,
     latents: int,
@@ -231,15 +261,63 @@ def _scoring(
     client: CountingClient,
 ) -> StagePlan:
     client.begin()
-    reads = "reader" in scorer.needs
-    asked = [(e, v) for e, v in items if (v.reader is not None if reads else scorer.asks(v))]
+    scorer = make_scorer(name, config)
+    served = any(view.reader is not None for _, view in items) and "reader" in scorer.needs
+    asked = [(e, v) for e, v in items if served or scorer.asks(v)]
     planned = {view.latent: scorer.planned(explanation, view) for explanation, view in asked}
     counted = [item for item in asked if planned[item[1].latent] is None]
+    whole, stopping = _judging_all(scorer)
     if counted and not scorer.needs & {"subject", "coder"}:
-        for _ in scorer.score(counted, concurrency=1):
+        for _ in whole.score(counted, concurrency=1):
             pass
     client.count_all([request for requests in planned.values() for request in requests or ()])
-    return StagePlan(coder=coder, stage=name, latents=latents, left=left, asked=_scaled(client, left, sampled))
+    found = _scaled(client, left, sampled)
+    expected = None
+    if stopping is not None and counted:
+        most, share = _judged_share(scorer, stopping, [view for _, view in counted])
+        found, expected = found.times(most), found.times(share)
+    read = READING in client.asked
+    return StagePlan(
+        coder=coder,
+        stage=name,
+        latents=latents,
+        left=left,
+        asked=found,
+        by=_answered_by(scorer, config, client, read=read),
+        elsewhere=read and len(client.asked) == 1 and config.scoring.reader != client.name,
+        expected=expected,
+    )
+
+
+def _judging_all(scorer: Scorer) -> tuple[Scorer, Stopping | None]:
+    """Return a scorer that judges every window, and when the given one stops before that; None where it does not."""
+    args = dict(scorer.spec["args"])
+    if not isinstance(scorer, JudgedScorer) or (args["certify"] is None and args["stop_when"] is None):
+        return scorer, None
+    stopping = Stopping(certify=args["certify"], margin=args["margin"], stop_when=args["stop_when"])
+    return scorers.make(scorer.spec["name"], {**args, "certify": None, "stop_when": None}), stopping
+
+
+def _judged_share(scorer: Scorer, stopping: Stopping, views: Sequence[LatentView]) -> tuple[float, float]:
+    assert isinstance(scorer, JudgedScorer)
+    tested = [Tested(seed=v.examples.seed, latent=v.latent, windows=scorer.units(v).tested) for v in views]
+    return judged_share(stopping, tested, int(scorer.spec["args"]["per_request"]))
+
+
+def _answered_by(scorer: Scorer, config: RunConfig, client: CountingClient, *, read: bool) -> str:
+    """Return who answers where it is not the language model; ``read`` says that what a reader reads is counted."""
+    judge, reader = scorer.judged_by(client), config.scoring.reader
+    if judge == client.name:
+        return ""
+    if judge != "reader":
+        return _IN_PROCESS.get(judge, "by the embedder, in this process")
+    if reader == "auto" and client.name.startswith("http"):
+        return "by the language model where it gives log probabilities of prompts (--reader), else by the subject"
+    if reader == "auto" and client.name.partition("/")[0] in IN_PROCESS:  # which always give them
+        return "by the language model, in this process"
+    if reader.partition("/")[0] in ("auto", "subject", "hf"):
+        return f"by {'the subject' if reader in ('auto', 'subject') else reader}, in this process"
+    return f"by {reader}" if read else f"by {reader}, requests not counted"
 
 
 def _scaled(client: CountingClient, left: int, sampled: int) -> Asked:
@@ -278,8 +356,8 @@ def _of_config(config: RunConfig, client: CountingClient) -> list[StagePlan]:
         ]
         stages.append(_explaining(coder, explainer, views, _MADE_UP, wanted, wanted, client))
         for name in config.scorers:
-            stages.append(_scoring(coder, name, make_scorer(name, config), items, _MADE_UP, wanted, wanted, client))
-    return [stage for stage in stages if stage.asked.requests]
+            stages.append(_scoring(coder, name, config, items, _MADE_UP, wanted, wanted, client))
+    return [stage for stage in stages if stage.left]
 
 
 def _coder_names(config: RunConfig) -> dict[str, int]:

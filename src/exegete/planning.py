@@ -8,13 +8,18 @@ be) is assumed, and the plan says so.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
 
 from exegete.llm.client import LLMClient
 from exegete.llm.protocol import read_question
 from exegete.llm.reading_server import STAGE as READING
+from exegete.metrics.sequential import fixed_pairs
+from exegete.scorers.sequential import Rounds, Stopping, Tested
 from exegete.types import LLMReply, LLMRequest
 
 if TYPE_CHECKING:
@@ -24,12 +29,18 @@ SAMPLED = 24
 """Latents of a coder on which requests are counted."""
 EXPLANATION_TOKENS = 60
 """Tokens that an explanation is assumed to take, as long as there are none to measure."""
+SCORES = (6.0, 2.2)
+"""Parameters of the beta distribution that balanced accuracies of the paper are like (arXiv 2410.13928)."""
 BYTES_PER_TOKEN = 3.6
 """Bytes of a prompt that are assumed to make a token, where the tokenizer is not at hand."""
 MESSAGE_TOKENS = 4
 """Tokens that a chat template is assumed to add to a message."""
 _TEXT = "A sentence or two as a language model would write them, which fit what is asked of them or do not."
 _FILLER = "occurrences of some word in a certain context, mostly at the beginning of a clause, and "
+
+_PIECE = re.compile(r"[^\W\d_]+|\d{1,3}|[^\w\s]")
+_SIMULATED = 60  # latents at least for which stopping is simulated
+_WIDEST = 60  # columns for a coder and a stage
 
 CountTokens = Callable[[str], int]
 CountPrompt = Callable[[LLMRequest], int]
@@ -44,6 +55,11 @@ class Asked:
     prompt_tokens: float = 0.0
     shared_tokens: float = 0.0
     completion_tokens: float = 0.0
+
+    @property
+    def shared(self) -> float:
+        """The share of prompt tokens that a prefix cache can serve."""
+        return self.shared_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def plus(self, other: Asked) -> Asked:
         """Return both together."""
@@ -75,13 +91,21 @@ class Asked:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
-    """One stage of one coder: latents in all and left to do, and what is asked for those that are left."""
+    """One stage of one coder: latents in all and left to do, and what is asked for those that are left.
+
+    ``by`` says who answers where it is not the run's language model alone, ``elsewhere`` that what is asked goes to
+    another server and is no part of what the run pays for. Where judging stops once it is enough, ``asked`` is the most
+    that it can come to and ``expected`` what it comes to for scores like those of the paper.
+    """
 
     coder: str
     stage: str
     latents: int
     left: int
     asked: Asked
+    by: str = ""
+    elsewhere: bool = False
+    expected: Asked | None = None
 
 
 @final
@@ -101,11 +125,22 @@ class Plan:
 
     @property
     def total(self) -> Asked:
-        """All stages together."""
-        whole = Asked()
-        for stage in self.stages:
-            whole = whole.plus(stage.asked)
-        return whole
+        """All stages together, as far as the run's language model is asked; at most, where judging stops early."""
+        return _together(stage.asked for stage in self.stages if not stage.elsewhere)
+
+    @property
+    def expected(self) -> Asked | None:
+        """``total`` with what is expected where judging stops early; None where no stage does."""
+        if all(stage.expected is None for stage in self.stages):
+            return None
+        return _together(stage.expected or stage.asked for stage in self.stages if not stage.elsewhere)
+
+
+def _together(parts: Iterable[Asked]) -> Asked:
+    whole = Asked()
+    for part in parts:
+        whole = whole.plus(part)
+    return whole
 
 
 @final
@@ -214,8 +249,36 @@ def _beginning(before: str, prompt: str) -> int:
 
 
 def count_bytes(text: str) -> int:
-    """Return how many tokens a text is assumed to be, from its bytes."""
-    return round(len(text.encode("utf-8", errors="replace")) / BYTES_PER_TOKEN)
+    """Return how many tokens a text is assumed to be: from its bytes, at least one for each word, number and mark."""
+    return max(round(len(text.encode("utf-8", errors="replace")) / BYTES_PER_TOKEN), len(_PIECE.findall(text)))
+
+
+def judged_share(stopping: Stopping, tested: Sequence[Tested], per_request: int) -> tuple[float, float]:
+    """Return which share of their windows latents are asked about where judging stops early: at most, and expected.
+
+    Expected for latents whose sensitivity and specificity are alike and spread as Beta(6, 2.2), like the paper's
+    scores; simulated with ``tested`` over and over.
+    """
+    from scipy import stats
+
+    windows = sum(len(t.windows) for t in tested)
+    if not windows:
+        return 1.0, 1.0
+    test = stopping.test
+    budget = 2 * fixed_pairs(test) * len(tested) if test is not None and stopping.stop_when is None else windows
+    block = [tested[i % len(tested)] for i in range(max(_SIMULATED, len(tested)))]
+    true = stats.beta(*SCORES).ppf((np.arange(len(block)) + 0.5) / len(block))
+    rng = np.random.default_rng(0)
+    rng.shuffle(true)
+    rounds = Rounds(stopping, block, per_request=per_request)
+    asked = 0
+    while drawn := rounds.draw():
+        for place, which in drawn:
+            right = rng.random(len(which)) < true[place]
+            rounds.tell(place, (right == block[place].windows.fires[which]).tolist())
+            asked += len(which)
+    most = min(1.0, budget / windows)
+    return most, min(most, asked / sum(len(t.windows) for t in block))
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
@@ -225,30 +288,59 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     if plan.model == "none":
         yield "no language model: rules only, nothing to pay"
         return
-    about = "" if plan.exact else "about "
     yield f"language model: {plan.model}"
-    for stage in (*plan.stages, StagePlan(coder="in all", stage="", latents=0, left=0, asked=plan.total)):
-        who = f"{stage.coder} {stage.stage}".strip()
-        left = f"{stage.left:,} of {stage.latents:,} latents, " if stage.stage else ""
-        asked = stage.asked
-        share = asked.shared_tokens / asked.prompt_tokens if asked.prompt_tokens else 0.0
-        yield (
-            f"{who}: {left}{asked.requests:,.0f} requests, {about}{asked.prompt_tokens:,.0f} prompt tokens "
-            f"({share:.0%} shared with the request before), {about}{asked.completion_tokens:,.0f} reply tokens"
-        )
+    yield from _stage_lines(plan)
+    about = "" if plan.exact else "about "
+    for what, asked in (("in all", plan.total), ("expected", plan.expected)):
+        if asked is not None:
+            most = "at most " if what == "in all" and plan.expected is not None else ""
+            yield (
+                f"{what}: {most}{asked.requests:,.0f} requests, {about}{asked.prompt_tokens:,.0f} prompt tokens "
+                f"({asked.shared:.0%} shared with the request before), {about}{asked.completion_tokens:,.0f} reply "
+                "tokens"
+            )
+            if plan.price is not None:
+                cost = asked.dollars(plan.price)
+                yield (
+                    f"price: {most}${cost['list']:.2f} at list, ${cost['cached']:.2f} where the server caches shared "
+                    f"beginnings, ${cost['batch']:.2f} as batch files (--llm-batch)"
+                )
     if plan.price is None:
         yield "price: not known; give one with --prices FILE.yaml (tokens are counted either way)"
-    else:
-        cost = plan.total.dollars(plan.price)
-        yield (
-            f"price: ${cost['list']:.2f} at list, ${cost['cached']:.2f} where the server caches shared beginnings, "
-            f"${cost['batch']:.2f} as batch files (--llm-batch)"
-        )
     yield from plan.remarks
 
 
+def _stage_lines(plan: Plan) -> Iterator[str]:
+    """Yield the table of what each stage asks per latent."""
+    if not plan.stages:
+        yield "nothing is left to do"
+        return
+    names = [f"{s.coder} {s.stage}" for s in plan.stages]
+    wide = min(max(map(len, names)), _WIDEST)
+    yield (
+        f"{'per latent':<{wide}}  {'latents left':>16}  {'requests':>10}  {'prompt tokens':>13}  shared  "
+        f"{'reply tokens':>12}"
+    )
+    for name, stage in zip(names, plan.stages, strict=True):
+        head = f"{name:<{wide}}  {f'{stage.left:,} of {stage.latents:,}':>16}"
+        mark = "≤ " if stage.expected is not None else ""
+        counted = _per_latent(stage.asked, stage.left, mark) if stage.asked.requests or not stage.by else ""
+        yield "  ".join(part for part in (head, counted, stage.by) if part)
+        if stage.expected is not None:
+            yield f"{'  expected':<{wide}}  {'':>16}  {_per_latent(stage.expected, stage.left)}"
+
+
+def _per_latent(asked: Asked, latents: int, mark: str = "") -> str:
+    each = asked.times(1 / max(latents, 1))
+    shared = f"{asked.shared:.0%}"
+    return (
+        f"{f'{mark}{each.requests:,.1f}':>10}  {f'{mark}{each.prompt_tokens:,.0f}':>13}  {shared:>6}  "
+        f"{f'{mark}{each.completion_tokens:,.0f}':>12}"
+    )
+
+
 def plan_dict(plan: Plan) -> dict[str, Any]:
-    """Return a plan as plain data."""
+    """Return a plan as plain data; ``expected`` stands where judging stops early, beside what is asked at most."""
 
     def asked(what: Asked) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -259,15 +351,20 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         }
         return found | ({"dollars": dict(what.dollars(plan.price))} if plan.price is not None else {})
 
+    def expected(what: Asked | None) -> dict[str, Any]:
+        return {} if what is None else {"expected": asked(what)}
+
     return {
         "model": plan.model,
         "exact": plan.exact,
         "collect": dict(plan.collect),
         "stages": [
-            {"coder": s.coder, "stage": s.stage, "latents": s.latents, "left": s.left, **asked(s.asked)}
+            {"coder": s.coder, "stage": s.stage, "latents": s.latents, "left": s.left, "by": s.by or plan.model}
+            | asked(s.asked)
+            | expected(s.expected)
             for s in plan.stages
         ],
-        "total": asked(plan.total),
+        "total": asked(plan.total) | expected(plan.expected),
         "remarks": list(plan.remarks),
     }
 

@@ -13,14 +13,16 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from exegete.errors import BusyError, CorruptError, InputError, NotFoundError
+from exegete.errors import BusyError, InputError
 from exegete.files import fault_point
+from exegete.results_carrying import carry_over
 from exegete.results_columns import ScoreColumn, latest_first, newest_key, only_plumbing, score_column
-from exegete.results_connection import close, connect, marks, where_of
+from exegete.results_connection import marks, opened, where_of
+from exegete.results_kinds import CoderCounts, ScoreKind, coder_counts, explaining_stages, headlines, score_kinds
 from exegete.results_packing import JudgementColumns, pack, unpack, unpack_columns
 from exegete.results_rows import (
     EXPLANATION,
@@ -38,7 +40,6 @@ from exegete.results_rows import (
     stats_row,
     to_json,
 )
-from exegete.results_schema import MIGRATIONS, check_format, migrate
 from exegete.results_tables import canonical_rows, columnar
 from exegete.types import Explanation, Judgement, LatentId, LatentStats, Score, Skipped
 
@@ -58,6 +59,7 @@ class Results:
         self._readonly = readonly
         self._depth = 0
         self._reading = False
+        self._kinds: list[ScoreKind] | None = None  # as long as one state is read
 
     @classmethod
     def open(cls, path: Path, *, readonly: bool = False) -> Results:
@@ -66,33 +68,7 @@ class Results:
         Raises NotFoundError when there is nothing to read, CorruptError when the file is damaged or not ours,
         InputError when its format is newer than this exegete's (or older, and only reading was asked for).
         """
-        if readonly and not path.is_file():
-            raise NotFoundError(f"there are no results at {path}; make them with: exegete run")
-        if not readonly:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        database: sqlite3.Connection | None = None
-        try:
-            database = connect(path, readonly)
-            applied = check_format(database, path)
-            if readonly and applied == 0:
-                raise NotFoundError(f"{path} holds no results yet")
-            if readonly and applied < len(MIGRATIONS):
-                raise InputError(
-                    f"{path} has format {applied} and this exegete reads {len(MIGRATIONS)}; upgrade it with: "
-                    "exegete report RUN"
-                )
-            if not readonly:
-                migrate(database, path)
-        except sqlite3.OperationalError as error:
-            close(database)
-            raise BusyError(f"{path} cannot be opened: {error}") from error
-        except sqlite3.DatabaseError as error:
-            close(database)
-            raise CorruptError(f"{path} is not a readable database: {error}") from error
-        except BaseException:
-            close(database)
-            raise
-        return cls(database, path, readonly=readonly)
+        return cls(opened(path, readonly), path, readonly=readonly)
 
     def close(self) -> None:
         """Close the database; the write-ahead log is folded into it by the last to close."""
@@ -149,7 +125,7 @@ class Results:
         try:
             yield
         finally:
-            self._reading = False
+            self._reading, self._kinds = False, None
             self._database.execute("ROLLBACK")
 
     # ---------------------------------------------------------------- writing
@@ -256,6 +232,16 @@ class Results:
                     (explanation_id, key, name, to_json(scoring.detail)),
                 )
 
+    def carry_over(
+        self, scorer: str, key: str, olds: Collection[str], nearest: Mapping[int, Sequence[str]]
+    ) -> tuple[set[int], set[int]]:
+        """Store under a key what stands under ``olds`` of each explanation that was held against ``nearest``, by id.
+
+        Returns the ids of explanations of which that was so, and of those that were held against others.
+        """
+        with self.transaction():
+            return carry_over(self._database, scorer, key, olds, nearest)
+
     def add_skip(self, skipped: Skipped, key: str) -> None:
         """Store that a latent dropped out of a stage, and mark the stage done for it."""
         with self.transaction():
@@ -321,9 +307,8 @@ class Results:
 
     def explainers(self, coder: str | None = None) -> list[tuple[str, str]]:
         """Return the (key, explainer's name) of every explaining stage that stored something, oldest first."""
-        where, values = where_of(coder=coder)
-        sql = f"SELECT key, explainer, min(id) FROM explanations{where} GROUP BY key ORDER BY min(id)"
-        return [(key, str(from_json(spec).get("name", ""))) for key, spec, _ in self._database.execute(sql, values)]
+        found = explaining_stages(self._database, coder)
+        return [(key, str(from_json(spec).get("name", ""))) for key, spec in found]
 
     def scores(
         self,
@@ -370,13 +355,15 @@ class Results:
 
     def scored(self) -> list[tuple[str, str, str]]:
         """Return every (scorer, metric, control) that occurs, sorted."""
-        rows = self._database.execute("SELECT DISTINCT scorer, metric, control FROM scores ORDER BY 1, 2, 3")
-        return [(scorer, metric, control) for scorer, metric, control in rows]
+        return sorted({(kind.scorer, kind.metric, kind.control) for kind in self._score_kinds()})
 
     def headlines(self) -> list[tuple[str, str]]:
         """Return every (scorer, metric) whose metric is the first that its scorer stores, in the order first stored."""
-        sql = "SELECT scorer, metric, min(id) FROM scores WHERE control = 'none' GROUP BY scorer ORDER BY min(id)"
-        return [(scorer, metric) for scorer, metric, _ in self._database.execute(sql)]
+        return headlines(self._database, self._score_kinds())
+
+    def counts(self) -> dict[str, CoderCounts]:
+        """Return how far each coder is: how many latents are explained, scored and skipped, counted by the database."""
+        return coder_counts(self._database, self._score_kinds())
 
     def scored_with(
         self, coder: str, scorer: str, explainer: str, *, plumbing: bool | None = None
@@ -403,13 +390,21 @@ class Results:
         row = self._database.execute(sql, (explanation_id, scorer)).fetchone()
         return {} if row is None else dict(from_json(row[0]))
 
-    def details(self, coder: str, scorer: str, *, explainer: str | None = None) -> dict[int, dict[str, Any]]:
-        """Return what else a scorer found of each latent of a coder, by index; measured and the latest as for one."""
-        where, values = where_of(**{"e.coder": coder, "d.scorer": scorer, "e.key": explainer})
-        order = f"e.idx, {latest_first('d')}"
-        sql = f"SELECT e.idx, d.data FROM details d JOIN explanations e ON e.id = d.explanation{where} ORDER BY {order}"
+    def details(
+        self, coder: str, scorer: str, *, explainer: str | None = None, plumbing: bool | None = None
+    ) -> dict[int, dict[str, Any]]:
+        """Return what else a scorer found of each latent of a coder, by index; measured and the latest as for one.
+
+        ``plumbing`` takes only those of scores that ``score_column`` counts: plumbing checks, or none of them.
+        """
+        newest = None
+        if explainer is not None and plumbing is not None:
+            newest = newest_key(self._database, coder, scorer, explainer, plumbing)
+        where, values = where_of(**{"e.coder": coder, "d.scorer": scorer, "e.key": explainer, "d.key": newest})
+        sql = f"SELECT e.idx, d.data FROM details d JOIN explanations e ON e.id = d.explanation{where}"
+        order = f"{only_plumbing(plumbing, 'd')} ORDER BY e.idx, {latest_first('d')}"
         found: dict[int, str] = {}
-        for index, data in self._database.execute(sql, values):
+        for index, data in self._database.execute(sql + order, values):
             found.setdefault(index, data)
         return {index: dict(from_json(data)) for index, data in found.items()}
 
@@ -460,6 +455,12 @@ class Results:
         return canonical_rows(self._database)
 
     # ---------------------------------------------------------------- private
+
+    def _score_kinds(self) -> list[ScoreKind]:
+        if not self._reading:
+            return score_kinds(self._database)
+        self._kinds = score_kinds(self._database) if self._kinds is None else self._kinds
+        return self._kinds
 
     def _mark(self, key: str, latent: LatentId) -> bool:
         """Mark a stage done for a latent; return whether it was not yet."""

@@ -97,12 +97,15 @@ def latest_first(table: str) -> str:
     return f"{checks}, (SELECT max(s.id) {scored}) DESC, {table}.key"
 
 
-def only_plumbing(plumbing: bool | None) -> str:
-    """Return the condition that judgements ``j`` of explanations ``e`` are plumbing checks, or are none."""
+def only_plumbing(plumbing: bool | None, table: str = "j") -> str:
+    """Return the condition that rows of explanations ``e`` are plumbing checks, or are none; ``table`` is their alias.
+
+    They are judgements, or details.
+    """
     if plumbing is None:
         return ""
     flagged = (
-        "SELECT 1 FROM scores s WHERE s.key = j.key AND s.explanation = e.id AND s.scorer = j.scorer "
+        f"SELECT 1 FROM scores s WHERE s.key = {table}.key AND s.explanation = e.id AND s.scorer = {table}.scorer "
         "AND instr(s.flags, 'plumbing')"
     )
     return f" AND {'' if plumbing else 'NOT '}EXISTS ({flagged})"

@@ -6,7 +6,41 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+from exegete.errors import BusyError, CorruptError, InputError, NotFoundError
+from exegete.results_schema import MIGRATIONS, check_format, migrate
+
 WAIT = 30.0  # seconds to wait for another writer's transaction
+
+
+def opened(path: Path, readonly: bool) -> sqlite3.Connection:
+    """Return a run's results database, made or migrated when writing. Raises what ``Results.open`` does."""
+    if readonly and not path.is_file():
+        raise NotFoundError(f"there are no results at {path}; make them with: exegete run")
+    if not readonly:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    database: sqlite3.Connection | None = None
+    try:
+        database = connect(path, readonly)
+        applied = check_format(database, path)
+        if readonly and applied == 0:
+            raise NotFoundError(f"{path} holds no results yet")
+        if readonly and applied < len(MIGRATIONS):
+            raise InputError(
+                f"{path} has format {applied} and this exegete reads {len(MIGRATIONS)}; upgrade it with: "
+                "exegete report RUN"
+            )
+        if not readonly:
+            migrate(database, path)
+    except sqlite3.OperationalError as error:
+        close(database)
+        raise BusyError(f"{path} cannot be opened: {error}") from error
+    except sqlite3.DatabaseError as error:
+        close(database)
+        raise CorruptError(f"{path} is not a readable database: {error}") from error
+    except BaseException:
+        close(database)
+        raise
+    return database
 
 
 def connect(path: Path, readonly: bool) -> sqlite3.Connection:

@@ -1,8 +1,16 @@
-"""The scoring stage: every explanation by every scorer, each beside its nulls."""
+"""The scoring stage: every explanation by every scorer, each beside its nulls.
+
+What a scorer holds an explanation against is chosen among all that are explained, and stored with its scores: the
+detail's ``donors`` are the latents whose explanations the null's are, and ``near`` those contrasted. Where more has
+been explained since a contrast was scored, the latents whose nearest are still the same keep their scores, under the
+new key too, and nothing is asked of a language model again; the others are scored anew, which is said, and what was
+paid for stays stored under the old key.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
@@ -10,8 +18,7 @@ from typing import TYPE_CHECKING, Any, final
 from exegete.config import RunConfig
 from exegete.donors import choose_donors, choose_near
 from exegete.errors import ConfigError, InputError
-from exegete.files import hash_json
-from exegete.keys import Keys
+from exegete.keys import Keys, held_against_others, key_of
 from exegete.llm.client import LLMClient
 from exegete.preparing import Loader
 from exegete.progress import Progress
@@ -23,6 +30,8 @@ from exegete.views import Donor, LatentView, Near, Need
 if TYPE_CHECKING:
     from exegete.results import Results
 
+_log = logging.getLogger(__name__)
+
 ANY = 1 << 20  # requests under way at once
 BLOCK = 256  # latents in memory together; each is committed as soon as it is ready
 BATCHED = 1024  # where requests wait for a day in files, which several latents may share
@@ -33,6 +42,7 @@ BATCHED = 1024  # where requests wait for a day in files, which several latents 
 class _Beside:
     """What the scorers of one coder need beside examples; each part is made when the first scorer needs it."""
 
+    negatives: bool = False
     donors: Mapping[LatentId, tuple[Donor, ...]] | None = None
     near: Mapping[LatentId, tuple[Near, ...]] | None = None
     loaded: dict[str, Any] = field(default_factory=dict)
@@ -67,27 +77,51 @@ class ScoreStage:
             usable = {id_: e for id_, e in explanations.items() if e.status == "ok"}
             beside = _Beside()
             for name, scorer in made.items():
-                spec = self._keys.score(name, llm, explained)
-                key = hash_json(spec)
+                spec = self._keys.score(name, llm, explained, among=[e.latent.index for e in usable.values()])
+                key = key_of(spec)
                 results.add_stage(key, scorer.label, spec)
                 done = results.done(key)
                 left = {id_: e for id_, e in usable.items() if e.latent not in done}
                 self._progress.start(f"{name} {coder}", len(usable), "latents")
                 self._progress.advance(len(usable) - len(left))
                 if left:
-                    self._ready(coder, results, scorer, list(usable.values()), beside, llm)
-                    self._score_left(results, coder, scorer, key, left, beside, llm, self._of_no_model(spec, results))
+                    self._ready(coder, scorer, list(usable.values()), beside, llm)
+                    left = self._still_left(results, scorer, spec, left, beside)
+                    self._score_left(results, coder, scorer, key, left, beside, llm, _of_no_model(spec, results))
                 self._progress.end()
 
-    def _of_no_model(self, spec: Mapping[str, Any], results: Results) -> bool:
-        """Return whether the explanations judged were made up by a simulated model."""
-        made_by = results.stages().get(spec["explain"], ("", {}))[1]
-        return str(made_by.get("llm", "")).startswith(("simulated", "scripted"))
+    def _still_left(
+        self,
+        results: Results,
+        scorer: Scorer,
+        spec: Mapping[str, Any],
+        left: Mapping[int, Explanation],
+        beside: _Beside,
+    ) -> dict[int, Explanation]:
+        """Take over what was scored among fewer explained latents and still holds; return what is left to score."""
+        olds = held_against_others(spec, results.stages())
+        if not olds or beside.near is None:
+            return dict(left)
+        most = near_of(scorer)
+        nearest = {
+            id_: [str(near.explanation.latent) for near in beside.near.get(e.latent, ())[:most]]
+            for id_, e in left.items()
+        }
+        kept, changed = results.carry_over(scorer.label, key_of(spec), olds, nearest)
+        self._progress.advance(len(kept))
+        if changed:
+            _log.warning(
+                "%s: more is explained now, and %d latents have other nearest ones than when they were scored; they "
+                "are scored anew beside their earlier scores, the other %d keep theirs",
+                scorer.label,
+                len(changed),
+                len(kept),
+            )
+        return {id_: e for id_, e in left.items() if id_ not in kept}
 
     def _ready(
         self,
         coder: str,
-        results: Results,
         scorer: Scorer,
         explanations: Sequence[Explanation],
         beside: _Beside,
@@ -95,8 +129,10 @@ class ScoreStage:
     ) -> None:
         """Make what a scorer needs beside examples."""
         store = self._run.store(coder)
-        if beside.donors is None:
+        if not beside.negatives:
             self._ready_negatives(coder)
+            beside.negatives = True
+        if "donors" in scorer.needs and beside.donors is None:
             beside.donors = choose_donors(store, explanations, count=self._config.donors)
         if "near" in scorer.needs and beside.near is None:
             beside.near = choose_near(store, explanations, count=self._near)
@@ -126,13 +162,15 @@ class ScoreStage:
         left: Mapping[int, Explanation],
         beside: _Beside,
         llm: LLMClient | None,
-        made_up: bool,
+        of_no_model: bool,
     ) -> None:
         ids = {explanation.latent: id_ for id_, explanation in left.items()}
         waiting = list(left.values())
         data = self._run.data(coder, self._config)
         size = block_size(llm)
         loaded = {name: part for name, part in beside.loaded.items() if name in scorer.needs}
+        donors = beside.donors if beside.donors is not None and "donors" in scorer.needs else {}
+        near = beside.near if beside.near is not None and "near" in scorer.needs else {}
         for start in range(0, len(waiting), size):
             block = waiting[start : start + size]
             chosen = self._run.select(coder, [e.latent.index for e in block], self._config)
@@ -148,18 +186,19 @@ class ScoreStage:
                     tokens=data.tokens,
                     examples=examples,
                     data=data,
-                    donors=(beside.donors or {}).get(latent, ()),
-                    near=(beside.near or {}).get(latent, ()),
+                    donors=donors.get(latent, ()),
+                    near=near.get(latent, ()),
                     llm=llm,
                     **loaded,
                 )
                 items.append((explanation, view))
-            plumbing = made_up or any(scorer.plumbing(view) for _, view in items[:1])
+            views = {explanation.latent: view for explanation, view in items}
             # A reader of this process fails at what it can never read; a server's calls may be made again.
             final = "reader" in scorer.needs and "llm" not in scorer.needs and loaded["reader"].final
             for scoring in scorer.score(items, concurrency=at_once(llm, self._config)):
-                found = flagged(scoring, "plumbing") if plumbing else scoring
                 latent = scoring.explanation.latent
+                checks = of_no_model or only_checks(scorer, scoring.explanation, views[latent])
+                found = with_donors(flagged(scoring, "plumbing") if checks else scoring, scorer, views[latent])
                 if scoring.reason and not scoring.scores:
                     results.add_skip(
                         Skipped(latent=latent, stage=scorer.label, reason=scoring.reason, have=0, need=1), key
@@ -194,6 +233,38 @@ def check_scorers(config: RunConfig) -> dict[str, Scorer]:
 def near_of(scorer: Scorer) -> int:
     """Return how many of the nearest latents a scorer takes."""
     return int(scorer.spec.get("args", {}).get("near", 0)) if "near" in scorer.needs else 0
+
+
+def only_checks(scorer: Scorer, explanation: Explanation, view: LatentView) -> bool:
+    """Return whether a score shows only that the pipeline works: of what it is, or of what it is held against.
+
+    That is so where who judges is no model of natural language, and where any explanation was made up.
+    """
+    held = (explanation, *(d.explanation for d in view.donors), *(n.explanation for n in view.near))
+    return scorer.plumbing(view) or any(map(made_up, held))
+
+
+def made_up(explanation: Explanation) -> bool:
+    """Return whether an explanation says of itself that a simulated or scripted model gave it."""
+    return bool(explanation.detail.get("simulated")) or _names_fake(explanation.detail.get("model"))
+
+
+def _of_no_model(spec: Mapping[str, Any], results: Results) -> bool:
+    """Return whether a simulated model stands for what the explanations judged rest on."""
+    return _names_fake(results.stages().get(spec["explain"], ("", {}))[1].get("llm"))
+
+
+def _names_fake(model: Any) -> bool:
+    return str(model or "").startswith(("simulated", "scripted"))
+
+
+def with_donors(scoring: Scoring, scorer: Scorer, view: LatentView) -> Scoring:
+    """Return a scoring whose detail says which latents the null's explanations are of, most like in rate first."""
+    if not view.donors or not scoring.scores:
+        return scoring
+    taken = scorer.spec.get("args", {}).get("donors")  # by those that take fewer than there are
+    donors = [d.explanation.latent.index for d in sorted(view.donors, key=lambda donor: donor.rank)][:taken]
+    return dataclasses.replace(scoring, detail={**scoring.detail, "donors": donors})
 
 
 def flagged(scoring: Scoring, flag: str) -> Scoring:

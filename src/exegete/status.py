@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from typing import Any
 
+from exegete.results_kinds import CoderCounts
 from exegete.runs import Run
 
 
@@ -43,23 +43,11 @@ def _spent(run: Run) -> list[dict[str, Any]]:
 def _count_results(run: Run, coders: dict[str, Any]) -> None:
     results = run.results()
     try:
-        explained, scored = (results.table(t) for t in ("explanations", "scores"))
-        skipped = results.skips()
+        counted = results.counts()
     finally:
         results.close()
     for name, entry in coders.items():
-        entry["explanations"] = dict(
-            Counter(str(s) for c, s in zip(explained["coder"], explained["status"], strict=True) if c == name)
-        )
-        pairs = {
-            (scorer, index)
-            for c, index, scorer, control in zip(
-                scored["coder"], scored["idx"], scored["scorer"], scored["control"], strict=True
-            )
-            if c == name and control == "none"
-        }
-        entry["scored"] = dict(sorted(Counter(str(scorer) for scorer, _ in pairs).items()))
-        entry["skipped"] = dict(Counter(s.reason for s in skipped if s.latent.coder == name))
+        entry |= dataclasses.asdict(counted.get(name, CoderCounts()))
 
 
 def status_text(found: dict[str, Any]) -> str:

@@ -94,7 +94,8 @@ def test_a_good_reply_is_an_explanation_that_names_its_prompt_and_examples(make_
     assert explanation.prompt_hash == prompt_hash("explain-1")
     assert explanation.examples == ((0, 4), (1, 4))
     assert explainers.from_spec(explanation.explainer).spec == DefaultExplainer().spec
-    assert explanation.detail == {"model": "m", "finish": "stop", "prompt_tokens": 11, "completion_tokens": 2}
+    said = {"model": "m", "finish": "stop", "prompt_tokens": 11, "completion_tokens": 2}
+    assert explanation.detail == {**said, "simulated": True}
 
 
 def test_a_reply_without_the_marker_is_a_state_and_no_sentinel_text(make_view: Make) -> None:

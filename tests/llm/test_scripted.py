@@ -12,7 +12,7 @@ import pytest
 from exegete.config import LLMConfig
 from exegete.errors import ConfigError, InputError, LLMError
 from exegete.llm.backend import Capabilities
-from exegete.llm.client import LLMClient, run_limited
+from exegete.llm.client import LLMClient, run_closing, run_limited
 from exegete.llm.local_server import serve
 from exegete.llm.open import client_from_spec
 from exegete.llm.protocol import (
@@ -458,3 +458,33 @@ def test_run_limited_finishes_in_its_own_loop_however_it_ends() -> None:
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert loops[-1][0] == "finished"
+
+
+def test_what_was_used_is_closed_once_in_the_loop_of_the_work_however_it_ends() -> None:
+    closed: list[tuple[int, Any]] = []
+    loops: list[Any] = []
+
+    class Closing(ScriptedClient):  # type: ignore[misc]
+        def __init__(self, number: int) -> None:
+            super().__init__(["yes"])
+            self.number = number
+
+        async def close(self) -> None:
+            closed.append((self.number, asyncio.get_running_loop()))
+
+    async def work(n: int) -> int:
+        loops.append(asyncio.get_running_loop())
+        if n == 7:
+            raise LLMError("seven")
+        return n * n
+
+    first, second = Closing(1), Closing(2)
+    assert sorted(run_closing([1, 2, 3], work, 2, [first, None, second, first])) == [1, 4, 9]
+    assert closed == [(1, loops[0]), (2, loops[0])]
+    with pytest.raises(LLMError):
+        list(run_closing([7], work, 2, [second]))
+    assert closed[2:] == [(2, loops[-1])]
+    stream = run_closing([1, 2], work, 1, (client for client in (first, second)))
+    assert next(stream) == 1
+    stream.close()  # type: ignore[attr-defined]
+    assert [number for number, _ in closed[3:]] == [1, 2]

@@ -59,17 +59,9 @@ def test_expected_calibration_error_by_hand() -> None:
     assert found.n == 6
 
 
-def test_the_reliability_curve_holds_each_bin() -> None:
-    curve = metrics.reliability(judged([True, False, True], [0.12, 0.18, 1.0]))
-    assert [(one.low, one.high, one.firing.n) for one in curve] == [(0.1, 0.2, 2), (0.9, 1.0, 1)]
-    assert curve[0].mean == pytest.approx(0.15)
-    assert (curve[0].firing.low, curve[0].firing.high) == (metrics.wilson(1, 2).low, metrics.wilson(1, 2).high)
-
-
 def test_without_probabilities_there_is_nothing_and_other_numbers_are_refused() -> None:
     for one in metrics.calibration(judged([True], [math.nan])).values():
         assert (one.n, math.isnan(one.value)) == (0, True)
-    assert metrics.reliability(judged([True], [math.nan])) == ()
     with pytest.raises(InputError, match=r"got -3…2; leave it out for scores of another kind"):
         metrics.calibration(judged([True, False], [2.0, -3.0]))
 

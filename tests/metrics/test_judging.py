@@ -80,8 +80,10 @@ def test_rates_without_repeating_documents_have_wilsons_interval() -> None:
         theirs = stats.binomtest(k, n).proportion_ci(method="wilson")
         assert (found[metric].low, found[metric].high) == pytest.approx((theirs.low, theirs.high))
         assert (found[metric].method, found[metric].n_documents) == ("wilson", n)
-    assert found["sensitivity"].flags == ("few_documents",)
-    assert found["specificity"].flags == found["balanced_accuracy"].flags == ()
+    assert found["sensitivity"].flags == found["balanced_accuracy"].flags == found["f1"].flags == ("few_documents",)
+    assert found["specificity"].flags == ()
+    assert found["balanced_accuracy"].n_documents == 30  # the 10 of its firing windows are too few
+    assert metrics.judged(confusion(tp=18, fn=2, fp=3, tn=17))["balanced_accuracy"].flags == ()
 
 
 def test_balanced_accuracy_and_f1_by_hand() -> None:

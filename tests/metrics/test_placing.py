@@ -13,10 +13,10 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from exegete import metrics
-from exegete.metrics import Observed
+from exegete.metrics import FrameCounts, Observed
 from exegete.metrics.clustered import Documents
 from exegete.metrics.placing import components
-from exegete.types import Array
+from exegete.types import STRATA, Array
 
 
 def observed(truth: Array, score: Array, document: Array) -> Observed:
@@ -67,6 +67,36 @@ def test_interval_is_obuchowskis_with_cr2_on_the_logit_scale() -> None:
     assert found.low == pytest.approx(1 / (1 + math.exp(half - centre)))
     assert found.high == pytest.approx(1 / (1 + math.exp(-half - centre)))
     assert found.flags == ("few_documents",)
+
+
+@pytest.mark.parametrize(("firing", "silent"), [(19, 60), (60, 19), (20, 60)])
+@pytest.mark.parametrize("each", [1, 2])
+def test_few_documents_of_either_class_are_flagged(firing: int, silent: int, each: int) -> None:
+    """All metrics of both classes, and those of one where it is that one; with documents that repeat and without."""
+    counts = np.array([firing, silent])
+    truth = np.repeat([True, False], counts * each)
+    rng = np.random.default_rng(3)
+    judged = Observed(
+        truth=truth, prediction=np.where(rng.random(len(truth)) < 0.8, truth, ~truth).astype(np.int8),
+        score=rng.random(len(truth)) * 0.5 + 0.4 * truth, stratum=np.where(truth, 0, STRATA.index("silent")),
+        document=np.repeat(np.arange(counts.sum()), each), probability=np.full(len(truth), 0.5),
+        multiplicity=np.ones(len(truth), np.int64), activation=truth * (1.0 + rng.random(len(truth))),
+    )  # fmt: skip
+    frame = FrameCounts(windows=1000, firing=200, silent={"silent": 800})
+    found = {**metrics.judged(judged), **metrics.ranked(judged), **metrics.calibration(judged)}
+    found |= {**metrics.population(judged, frame), "pearson": metrics.correlation(judged)}
+    found |= {"responsiveness": metrics.responsiveness(judged, frame), "purity": metrics.purity(judged, frame)}
+    for name in ("balanced_accuracy", "sensitivity", "specificity", "f1", "auroc"):
+        found[f"{name}_lift"] = metrics.paired(judged, [judged], name)
+    for name, interval in found.items():
+        counted = (firing, silent)
+        if "sensitivity" in name or "recall" in name:
+            counted = (firing, firing)
+        elif "specificity" in name:
+            counted = (silent, silent)
+        assert ("few_documents" in interval.flags) == (min(counted) < 20), name
+        one_class = name.removesuffix("_lift") in ("sensitivity", "specificity")
+        assert interval.n_documents == (counted[0] if one_class else firing + silent), name
 
 
 def test_without_repeating_documents_it_is_delongs() -> None:

@@ -22,6 +22,7 @@ from exegete.scorers.controls import (
     score_of,
     shuffled_text,
 )
+from exegete.scorers.scorer import scorers
 from exegete.types import Explanation, LatentId
 from exegete.views import Donor
 
@@ -195,3 +196,19 @@ def test_a_lift_over_too_few_donors_is_flagged_and_over_none_undefined() -> None
     assert math.isnan(none.value)
     assert (none.n_total, none.n_scored, none.n_failed) == (0, 0, 0)  # nothing has failed
     assert "few_donors" in none.flags
+
+
+@pytest.mark.parametrize("controls", ["none", "all", "other_latent", "shuffled_words+empty"])
+@pytest.mark.parametrize(
+    "name",
+    ["detection", "fuzzing", "discrimination", "surprisal", "embedding", "simulation", "generation", "intervention"],
+)
+def test_donors_are_needed_where_other_latents_are_the_null(name: str, controls: str) -> None:
+    scorer = scorers.make(name, {"controls": controls})
+    assert ("donors" in scorer.needs) == (controls in ("all", "other_latent"))
+
+
+def test_no_donors_are_needed_where_none_is_asked() -> None:
+    for name in ("surprisal", "simulation", "generation", "example_embedding"):
+        assert "donors" in scorers.make(name, {"donors": 1}).needs
+        assert "donors" not in scorers.make(name, {"donors": 0}).needs

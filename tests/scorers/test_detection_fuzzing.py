@@ -16,6 +16,7 @@ from exegete.examples.render import active_tokens, marks, transplant_marks
 from exegete.llm.protocol import read_question
 from exegete.llm.scripted import ScriptedClient
 from exegete.metrics import FrameCounts, Observed
+from exegete.rules.language import Clause, Rule, TokenAt
 from exegete.scorers.asked import Question
 from exegete.scorers.detection import DetectionScorer
 from exegete.scorers.fuzzing import FuzzingScorer
@@ -354,13 +355,50 @@ def test_transplanted_marks_come_from_the_same_place_in_the_row_and_never_lie_on
         assert np.flatnonzero(marked(q)).tolist() == [1 if q.example.start == 0 else 11]
 
 
-def test_an_executed_rule_is_shown_every_firing_position_and_a_language_model_the_strong_ones(world: Any) -> None:
-    executed = world.view(3)
+@pytest.mark.parametrize("kind", ["default", "active"])
+def test_an_executed_rule_and_a_language_model_are_asked_about_the_same_marks(world: Any, kind: Any) -> None:
+    executed = world.view(3, n_fire=60)
     asked = dataclasses.replace(executed, llm=ScriptedClient(["[]"]))
-    for view, threshold in ((executed, 0.0), (asked, 0.3)):
-        for q in FuzzingScorer().questions(view):
-            if q.example.fires:
-                assert np.array_equal(marked(q), q.example.activations > threshold * q.example.maximum)
+    scorer = FuzzingScorer(kind=kind)
+    assert scorer.spec["args"]["threshold"] == 0.3
+    shown = [scorer.questions(view) for view in (executed, asked)]
+    for one_of, other in zip(*shown, strict=True):
+        assert np.array_equal(one_of.item.tokens, other.item.tokens)
+        assert np.array_equal(marked(one_of), marked(other))
+    for q in scorer.questions(executed):
+        if q.truth:
+            assert np.array_equal(marked(q), q.example.activations > 0.3 * q.example.maximum)
+
+
+def test_a_rule_is_judged_by_the_strong_firings_that_are_marked(world: Any) -> None:
+    """The latent fires strongly on the word 3 and weakly on the word 4, which stands in the same windows."""
+    view = world.view(3, n_fire=60)
+    windows = view.examples.windows
+    tokens, values = windows.tokens.copy(), windows.activations.copy()
+    tokens[tokens == 4] = 5
+    for i in np.flatnonzero(windows.fires):
+        values[i] = np.where(values[i] > 0, 2.0, 0.0)
+        weak = np.flatnonzero(values[i] == 0)[0]
+        tokens[i, weak], values[i, weak] = 4, 0.2
+    changed = dataclasses.replace(windows, tokens=tokens, activations=values)
+    view = dataclasses.replace(view, examples=dataclasses.replace(view.examples, examples=changed))
+    found = {}
+    said = {
+        "all": TokenAt(0, (3, 4)),
+        "strong": TokenAt(0, (3,)),
+        "weak": TokenAt(0, (4,)),
+        "too broad": TokenAt(0, (0,), negated=True),
+    }
+    for name, condition in said.items():
+        rule = Rule((Clause((condition,), 0.9, 1.0),))
+        explanation = dataclasses.replace(world.explanation(3), program=rule.to_json())
+        for kind in ("default", "active"):
+            scoring = one(FuzzingScorer(kind=kind, controls="none"), explanation, view)
+            found[name, kind] = tuple(pick(scoring, metric).value for metric in ("sensitivity", "specificity"))
+    for kind in ("default", "active"):
+        assert found["all", kind] == found["strong", kind] == (1.0, 1.0)
+        assert found["weak", kind] == (0.0, 1.0)
+        assert found["too broad", kind] == (1.0, 0.0)
 
 
 def test_the_threshold_moves_marks_alone(world: Any) -> None:

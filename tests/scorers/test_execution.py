@@ -147,8 +147,9 @@ def test_coders_are_measured_on_their_own_rows_and_blocks_agree_with_the_whole(w
 
 
 def test_it_needs_all_firings(world: Any) -> None:
-    assert ExecutionScorer().needs == {"data"}
-    assert scorers.from_spec(ExecutionScorer(baselines=False).spec).spec["args"] == {"baselines": False}
+    assert ExecutionScorer().needs == {"data", "examples"}
+    spec = ExecutionScorer(baselines=False, windows=False).spec
+    assert scorers.from_spec(spec).spec["args"] == {"baselines": False, "windows": False}
     with pytest.raises(InputError, match="all firings"):
         list(ExecutionScorer().score([(world.explanation(3), world.view(3))]))
 

@@ -255,3 +255,15 @@ def test_an_empty_latent_has_no_trials(world: Any) -> None:
     examples: ExampleSet = world.examples(WORD, n_fire=0, n_silent=0)
     view = LatentView(latent=LatentId(coder="c", index=WORD), tokens=world.table, examples=examples)
     assert deal(view, shown_of(view), "default", 5) == []
+
+
+def test_without_trials_neither_accuracy_nor_chance_nor_lift_is_a_number(world: Any) -> None:
+    examples: ExampleSet = world.examples(WORD, n_fire=2, n_silent=2)
+    view = LatentView(latent=LatentId(coder="c", index=WORD), tokens=world.table, examples=examples)
+    scoring = one(IntruderScorer(embedder=Letters()), view)
+    assert [(s.metric, s.control, s.n_total) for s in scoring.scores] == [
+        ("accuracy", "none", 0),
+        ("accuracy", "chance", 0),
+        ("accuracy_lift", "chance", 0),
+    ]
+    assert all(math.isnan(s.value) and math.isnan(s.low) and math.isnan(s.high) for s in scoring.scores)

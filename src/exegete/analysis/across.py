@@ -1,4 +1,4 @@
-"""What scores say together: how scorers agree over latents, what language models add to rules, output latents."""
+"""What scores say together: how scorers agree over latents, output latents, retests, collisions."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 
 from exegete.analysis.shapes import (
-    HEADLINE,
     Agreement,
     CoderSummary,
     Collision,
     ExplainerSummary,
-    LLMLift,
     OutputLatent,
     Retest,
 )
-from exegete.metrics import Interval, paired_lift
+from exegete.metrics import Interval
+from exegete.metrics.inputs import undefined
 from exegete.results import Results
 from exegete.results_columns import ScoreColumn
 from exegete.scorers.contrast import collisions
@@ -63,47 +62,13 @@ def spearman(a: Array, b: Array) -> Interval:
 
     n = len(a)
     if n < 4 or not (np.ptp(a) and np.ptp(b)):
-        return Interval(value=math.nan, low=math.nan, high=math.nan, method="bonett-wright", n=0)
+        return undefined("bonett-wright")
     value = float(stats.spearmanr(a, b).statistic)
     bounded = min(max(value, -0.9999999), 0.9999999)
     half = 1.959963984540054 * math.sqrt((1 + bounded**2 / 2) / (n - 3))
     centre = math.atanh(bounded)
     low, high = math.tanh(centre - half), math.tanh(centre + half)
     return Interval(value=value, low=min(low, value), high=max(high, value), method="bonett-wright", n=n)
-
-
-def llm_lifts(results: Results, coder: CoderSummary) -> tuple[LLMLift, ...]:
-    """Return what each language model's explanations of a coder add to the rules of the same latents."""
-    rules = [e for e in coder.explainers if e.executed is not None or e.name == "rule"]
-    found = []
-    for explainer in coder.explainers:
-        if explainer in rules:
-            continue
-        for s in explainer.measured:
-            if s.metric != HEADLINE or s.judge == "executed rule":
-                continue
-            column = results.score_column(coder.name, s.scorer, s.metric, explainer=explainer.key, plumbing=False)
-            by: dict[str, Interval] = {}
-            for rule in rules:
-                for judge in ("english", "rule"):
-                    name = s.judge if judge == "english" else "executed rule"
-                    other = _judged_by(results, coder.name, s.scorer, s.metric, rule.key, name)
-                    pairs = shared(column, other)
-                    if len(pairs[0]):
-                        by[judge] = paired_lift(*pairs).mean
-            if by:
-                found.append(
-                    LLMLift(
-                        coder=coder.name,
-                        explainer=explainer.name,
-                        scorer=s.scorer,
-                        judge=s.judge,
-                        n=max(i.n for i in by.values()),
-                        over_english=by.get("english"),
-                        over_rule=by.get("rule"),
-                    )
-                )
-    return tuple(found)
 
 
 def output_latents(results: Results, coder: CoderSummary, explainer: ExplainerSummary) -> tuple[OutputLatent, ...]:
@@ -144,7 +109,7 @@ def retests(results: Results, coder: CoderSummary, explainer: ExplainerSummary) 
         for s in explainer.measured
         if s.scorer.startswith(CAUSAL)
         for condition, found in reliability(
-            results.details(coder.name, s.scorer, explainer=explainer.key).values()
+            results.details(coder.name, s.scorer, explainer=explainer.key, plumbing=False).values()
         ).items()
     )
 
@@ -153,7 +118,7 @@ def collided(results: Results, coder: CoderSummary, explainer: ExplainerSummary)
     """Return clusters of latents whose explanations do not tell each other apart, largest first; measurements only."""
     if not any(s.scorer == DISCRIMINATION for s in explainer.measured):
         return ()
-    details = results.details(coder.name, DISCRIMINATION, explainer=explainer.key)
+    details = results.details(coder.name, DISCRIMINATION, explainer=explainer.key, plumbing=False)
     clusters = collisions({f"{coder.name}/{index}": found for index, found in details.items()})
     return tuple(
         Collision(
@@ -173,30 +138,6 @@ def shared(left: ScoreColumn, right: ScoreColumn) -> tuple[Array, Array]:
     return a[keep], b[keep]
 
 
-def _judged_by(results: Results, coder: str, scorer: str, metric: str, explainer: str, judge: str) -> ScoreColumn:
-    """Return the scores of a stage's explanations by one judge, named as the summary names it."""
-    wanted = [
-        key for key, (_, spec) in results.stages().items() if isinstance(spec, Mapping) and judge_name(spec) == judge
-    ]
-    rows = [
-        s
-        for key in wanted
-        for s in results.scores(coder=coder, scorer=scorer, metric=metric, control="none", key=key)
-        if not s.plumbing and _explained_by(results, key) == explainer
-    ]
-    latest: Mapping[int, float] = {s.latent.index: s.value for s in rows}
-    index = sorted(latest)
-    values = np.array([latest[i] for i in index], dtype=np.float64)
-    none = np.zeros(len(index), dtype=np.int64)
-    return ScoreColumn(
-        index=np.array(index, dtype=np.int64), value=values, low=values, high=values, n_total=none, n_failed=none
-    )
-
-
-def _explained_by(results: Results, key: str) -> str:
-    return str(results.stages()[key][1].get("explain", ""))
-
-
 def judge_name(spec: Mapping[str, Any]) -> str:
     """Return who judged under a scoring stage's options, as the report names it.
 
@@ -207,7 +148,8 @@ def judge_name(spec: Mapping[str, Any]) -> str:
     judge = str(spec.get("judge") or "unknown")
     if spec.get("reader"):
         return f"reader {_short(str(spec['reader']))}"
-    if name in EMBEDDED or args.get("judge") == "embedding" or (args.get("embedder") and judge == "rule"):
+    vectors = args.get("embedder")
+    if name in EMBEDDED or args.get("judge") == "embedding" or (vectors and judge in ("rule", vectors)):
         return str(args.get("embedder", "embedder")).rstrip("/").rpartition("/")[2]
     if name == CAUSAL:
         return "the subject itself"

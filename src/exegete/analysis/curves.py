@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
+import numpy.typing as npt
 
 from exegete.metrics import Interval, mean_interval
 from exegete.results import Results
@@ -47,11 +48,17 @@ def judged_curves(
         for truth in (True, False):
             names = sorted((name for t, name in shares if t == truth), key=stratum_order)
             points = tuple(
-                (name, len(shares[truth, name]), mean_interval(np.array(shares[truth, name]))) for name in names
+                (name, len(shares[truth, name]), _mean_share(np.array(shares[truth, name]))) for name in names
             )
             if points:
                 curves.append(Curve(control=control, truth=truth, points=points))
     return tuple(curves)
+
+
+def _mean_share(shares: npt.NDArray[np.float64]) -> Interval:
+    """Return the mean of shares with its interval, which is of a share too."""
+    found = mean_interval(shares)
+    return replace(found, low=float(np.clip(found.low, 0, 1)), high=float(np.clip(found.high, 0, 1)))
 
 
 def stratum_text(name: str) -> str:

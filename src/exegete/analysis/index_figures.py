@@ -25,7 +25,10 @@ from exegete.analysis.shapes import (
 )
 from exegete.analysis.text import bracket, metric_text, number, percent, small
 from exegete.metrics import Interval
+from exegete.metrics.inputs import undefined
 from exegete.results import Results
+
+_MANY = 5  # strata of silent windows that are named one by one
 
 
 @final
@@ -131,7 +134,7 @@ def sensitivities(coder: CoderSummary, explainer: ExplainerSummary) -> Group:
         lines = []
         for curve in sorted(firing, key=lambda c: c.control != "none"):
             points = {name: interval for name, _, interval in curve.points}
-            missing = Interval(value=math.nan, low=math.nan, high=math.nan, method="", n=0)
+            missing = undefined("")
             style, label = ("r-trained", "own explanation") if curve.control == "none" else ("null", "other latents’")
             lines.append(Line(label=label, style=style, points=tuple(points.get(n, missing) for n in names)))
         part = names[0].partition("_")[0]  # deciles of rank, or bins of value
@@ -150,12 +153,11 @@ def sensitivities(coder: CoderSummary, explainer: ExplainerSummary) -> Group:
 
 
 def _specificity_words(s: ScorerSummary) -> str:
-    words = [
-        f"{stratum_text(name)} {bracket(interval)}"
-        for curve in s.curves
-        if not curve.truth and curve.control == "none"
-        for name, _, interval in curve.points
-    ]
+    points = [p for curve in s.curves if not curve.truth and curve.control == "none" for p in curve.points]
+    words = [f"{stratum_text(name)} {bracket(interval)}" for name, _, interval in points]
+    if len(points) > _MANY:  # windows that fire, wrongly marked: one number for every decile says little more
+        values = [interval.value for _, _, interval in points]
+        words = [f"{number(min(values))} to {number(max(values))} over {len(points)} strata"]
     return f"Mean over latents. Specificity: {'; '.join(words)}." if words else "Mean over latents."
 
 

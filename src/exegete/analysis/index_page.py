@@ -22,9 +22,21 @@ from exegete.analysis.shapes import (
     ExecutedSummary,
     ExplainerSummary,
     RunSummary,
+    Stopped,
+    split_name,
 )
 from exegete.analysis.summary import ranking
-from exegete.analysis.text import NULL_TEXT, PLUMBING, bracket, certified_line, metric_text, number, percent, small
+from exegete.analysis.text import (
+    NONE,
+    NULL_TEXT,
+    PLUMBING,
+    bracket,
+    certified_line,
+    metric_text,
+    number,
+    percent,
+    small,
+)
 from exegete.metrics import Interval
 from exegete.results import Results
 from exegete.results_columns import ScoreColumn
@@ -70,6 +82,8 @@ def index_context(
             for one in summary.collisions[:N_EXTREMES]
         ],
         "n_collisions": len(summary.collisions),
+        "stopped": [_stopped_row(one) for one in summary.stopped if not one.plumbing],
+        "plumbing_stopped": [_stopped_row(one) for one in summary.stopped if one.plumbing],
         "certified": [certified_line(one) for one in summary.certified],
         "output_latents": [(o, pages.get(LatentId(coder=o.coder, index=o.index))) for o in summary.output_latents],
         "histograms": [g for g in (histograms(results, c, e) for c, e in own) if g.figures],
@@ -94,7 +108,8 @@ def index_context(
 def _subtitle(meta: Mapping[str, Any], summary: RunSummary) -> str:
     n = sum(c.n_explained for c in summary.trained())
     explainers = sorted({e.name for c in summary.coders for e in c.explainers})
-    text = f"{n:,} latents of {len(summary.trained())} coder(s) explained"
+    coders = len(summary.trained())
+    text = f"{n:,} latents of {coders} coder{'' if coders == 1 else 's'} explained"
     return f"{text} by {', '.join(explainers)}" if explainers else text
 
 
@@ -213,6 +228,20 @@ def _scorer_rows(summary: RunSummary, *, plumbing: bool) -> list[dict[str, Any]]
     ]
 
 
+def _stopped_row(one: Stopped) -> dict[str, Any]:
+    """Return a row of the table of what was judged only as much as needed."""
+    asked, decided, narrow = [], [], []
+    if one.certify is not None:
+        asked.append(f"≥ {one.certify:g} or ≤ {one.certify - one.margin:g}")
+        saved = percent(1 - one.judgements / one.fixed_test) if one.fixed_test else NONE
+        decided = [*(f"{n:,}" for n in (*one.decisions, one.fixed_test)), saved]
+    if one.stop_when is not None:
+        asked.append(f"within ±{one.stop_when:g}")
+        narrow = [f"{one.narrow:,}", f"{one.fixed_width[1]:,}"]
+    role = split_name(one.coder)[1]
+    return {"one": one, "role": role, "asked": asked, "decided": decided, "narrow": narrow}
+
+
 def _executed_rows(summary: RunSummary) -> list[dict[str, Any]]:
     rows = []
     for c in summary.coders:
@@ -277,7 +306,9 @@ def _latent_table(
     results: Results, summary: RunSummary, explanations: Mapping[int, Explanation], pages: Pages
 ) -> dict[str, Any]:
     """Return the rows of the table of all latents: one per explanation of a latent that has a page."""
-    scorers = sorted({(s.scorer, s.metric, s.null) for c in summary.coders for e in c.explainers for s in e.measured})
+    measured = [s for c in summary.coders for e in c.explainers for s in e.measured]
+    nulls = {s.scorer: s.null for s in measured if s.null}
+    scorers = sorted({(s.scorer, s.metric, nulls.get(s.scorer, "")) for s in measured})
     executed = any(e.executed for c in summary.coders for e in c.explainers)
     heads = [head for s, _, null in scorers for head in (s, *((f"{s} null",) if null else ()))]
     wanted = [(s, m, control) for s, m, null in scorers for control in ("none", *((null,) if null else ()))]

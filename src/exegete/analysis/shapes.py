@@ -52,8 +52,8 @@ class ScorerSummary:
     ``judge`` is who judged; ``null`` is the control beside it, empty where it has none; ``plumbing`` says that its
     numbers check the pipeline and measure nothing. ``n`` latents have a score, ``n_unscored`` have none because every
     judgement failed; ``n_failed`` of ``n_total`` judgements failed; ``few_documents`` of the scores rest on fewer than
-    20 documents; ``mean`` is the macro mean over latents, ``weighted`` that by their firing rates; ``ties`` the share
-    of nulls that are exactly 0.5; ``others`` are the medians of the scorer's other metrics.
+    20 documents of a class; ``mean`` is the macro mean over latents, ``weighted`` that by their firing rates; ``ties``
+    the share of nulls that are exactly 0.5; ``others`` are the medians of the scorer's other metrics.
     """
 
     scorer: str
@@ -185,10 +185,12 @@ class Agreement:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LLMLift:
-    """What a language model's explanations add to rules, paired over the latents that have both.
+    """What a language model's explanations add to rules, paired over the ``n`` latents that have both.
 
     ``over_english`` is (its text, judged) − (the rule's English, by the same judge), None where that was not judged;
-    ``over_rule`` is (its text, judged) − (the rule, executed on the same windows).
+    ``over_rule`` is (its text, judged) − (the rule, executed on the same windows). ``n_unlike`` latents have both but
+    are left out, as the two were asked about other windows or marks; for ``n_partial`` of the n some answers failed,
+    so that one side rests on fewer windows.
     """
 
     coder: str
@@ -198,6 +200,8 @@ class LLMLift:
     n: int
     over_english: Interval | None
     over_rule: Interval | None
+    n_unlike: int = 0
+    n_partial: int = 0
 
 
 @final
@@ -253,6 +257,68 @@ class Certified:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoppedLatent:
+    """One latent that was judged until it was enough.
+
+    ``certified`` says whether its balanced accuracy was decided to be at least the level (True) or at most the level
+    less the margin (False); None where it stayed undecided, or nothing was to be certified. ``judgements`` were used,
+    its nulls' not counted; the test of equal errors with a number fixed beforehand takes ``fixed_test``. ``half_width``
+    is that of its interval, NaN for none, for which a fixed number would take ``fixed_width`` judgements.
+    """
+
+    index: int
+    certified: bool | None
+    judgements: int
+    fixed_test: int | None
+    half_width: float
+    fixed_width: int | None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped:
+    """What came of a scorer that judged each latent until it was enough, for ``certify`` or ``stop_when`` or both."""
+
+    coder: str
+    explainer: str
+    scorer: str
+    judge: str
+    plumbing: bool
+    certify: float | None
+    margin: float
+    stop_when: float | None
+    latents: tuple[StoppedLatent, ...]
+
+    @property
+    def decisions(self) -> tuple[int, int, int]:
+        """How many latents were decided to be above, to be below, and stayed undecided."""
+        said = [latent.certified for latent in self.latents]
+        return said.count(True), said.count(False), said.count(None)
+
+    @property
+    def judgements(self) -> int:
+        """Judgements of all latents, their nulls' not counted."""
+        return sum(latent.judgements for latent in self.latents)
+
+    @property
+    def fixed_test(self) -> int:
+        """Judgements that the fixed test of equal errors takes for all latents; 0 where nothing was to be certified."""
+        return sum(latent.fixed_test or 0 for latent in self.latents)
+
+    @property
+    def narrow(self) -> int:
+        """How many latents have an interval as narrow as was asked for."""
+        return sum(self.stop_when is not None and one.half_width <= self.stop_when for one in self.latents)
+
+    @property
+    def fixed_width(self) -> tuple[int, int]:
+        """Judgements used, and those of fixed numbers for the same widths, over the latents that have an interval."""
+        those = [(one.judgements, one.fixed_width) for one in self.latents if one.fixed_width is not None]
+        return sum(used for used, _ in those), sum(fixed for _, fixed in those)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
     """Everything the report and the terminal table print."""
 
@@ -264,6 +330,7 @@ class RunSummary:
     retests: tuple[Retest, ...] = ()
     collisions: tuple[Collision, ...] = ()
     certified: tuple[Certified, ...] = ()
+    stopped: tuple[Stopped, ...] = ()
 
     def trained(self) -> tuple[CoderSummary, ...]:
         """Return the coders that are no nulls."""

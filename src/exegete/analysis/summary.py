@@ -16,9 +16,10 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
-from exegete.analysis.across import agreements, collided, judge_name, llm_lifts, output_latents, retests
+from exegete.analysis.across import agreements, collided, judge_name, output_latents, retests
 from exegete.analysis.certify import certify
 from exegete.analysis.curves import judged_curves
+from exegete.analysis.lifts import llm_lifts
 from exegete.analysis.shapes import (
     BASELINES,
     EXECUTED,
@@ -36,6 +37,7 @@ from exegete.analysis.shapes import (
     ScorerSummary,
     split_name,
 )
+from exegete.analysis.stopping import stopped
 from exegete.analysis.text import table_text
 from exegete.files import canonical_json
 from exegete.metrics import difference_of_medians, mean_interval, median_interval, paired_lift, share_of_ties
@@ -75,6 +77,7 @@ def summarise(results: Results) -> RunSummary:
             ),
             collisions=tuple(found for c, e in own for found in collided(results, c, e)),
             retests=tuple(retest for c, e in own for retest in retests(results, c, e)),
+            stopped=stopped(results),
             output_latents=tuple(latent for c, e in own for latent in output_latents(results, c, e)),
         )
 
@@ -188,7 +191,7 @@ def _scorer(
     return ScorerSummary(
         scorer=scorer,
         metric=metric,
-        null=control if controls else "",
+        null=control if len(null) else "",
         plumbing=plumbing,
         judge=judge_name(results.scored_with(coder, scorer, key, plumbing=plumbing)),
         n=len(values),

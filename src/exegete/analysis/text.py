@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from exegete.analysis.shapes import BASELINES, ROLE_TEXT, Certified, CoderSummary, Contrast, RunSummary
+from exegete.analysis.shapes import BASELINES, ROLE_TEXT, Certified, CoderSummary, Contrast, RunSummary, Stopped
 from exegete.analysis.visible import visible_line
 from exegete.metrics import Interval
 
@@ -14,7 +14,15 @@ _NAME = 30  # columns for the name of a coder
 NONE = "–"
 PLUMBING = "plumbing check, not a measurement"
 NULL_TEXT = {"other_latent": "other latents", "random_direction": "random direction"}
-_METRICS = {"auroc": "AUROC", "auprc": "AUPRC", "f1": "F1", "pearson": "Pearson", "icc": "ICC", "ece": "ECE"}
+_METRICS = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "f1": "F1",
+    "pearson": "Pearson",
+    "icc": "ICC",
+    "ece": "ECE",
+    "kl": "KL",
+}
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -50,7 +58,7 @@ def bracket(interval: Interval, *, sign: bool = False, digits: int = 3) -> str:
 
 def percent(share: float) -> str:
     """Return a share in per cent."""
-    return NONE if not math.isfinite(share) else f"{100 * share:.1f} %"
+    return NONE if not math.isfinite(share) else f"{number(100 * share, 1)} %"
 
 
 def metric_text(name: str) -> str:
@@ -67,8 +75,10 @@ def table_text(summary: RunSummary) -> str:
         *_latents(summary.coders),
         *_scores(summary.coders, plumbing=False),
         *_certified(summary.certified),
+        *_stopped([one for one in summary.stopped if not one.plumbing]),
         *_executed(summary.coders),
         *_scores(summary.coders, plumbing=True),
+        *_stopped([one for one in summary.stopped if one.plumbing]),
     ]
     return "\n".join(parts).rstrip()
 
@@ -138,6 +148,47 @@ def certified_text(found: Sequence[Certified]) -> str:
         kind = "e-value" if one.correction == "e-bh" else "p-value"
         lines += [f"  {index:>8}  {number(score)}  {kind} {value:.3g}" for index, score, value in one.latents]
     return "\n".join(lines)
+
+
+def _stopped(found: Sequence[Stopped]) -> list[str]:
+    return [stopped_text(found), ""] if found else []
+
+
+def stopped_text(found: Sequence[Stopped]) -> str:
+    """Return what came of judging only as much as needed: of each scorer its decisions and its cost."""
+    lines = []
+    for one in found:
+        asked = [f"--certify {one.certify:g}"] if one.certify is not None else []
+        asked += [f"--stop-when {one.stop_when:g}"] if one.stop_when is not None else []
+        note = f" ({PLUMBING})" if one.plumbing else ""
+        lines.append(
+            f"{_short(one.coder)} {visible_line(one.explainer)}, {visible_line(one.scorer)} with {' '.join(asked)}: "
+            f"{len(one.latents):,} latents{note}"
+        )
+        lines += [f"  {line}" for line in (*_certify_lines(one), *_width_lines(one))]
+    return "\n".join(lines)
+
+
+def _certify_lines(one: Stopped) -> list[str]:
+    if one.certify is None:
+        return []
+    above, below, undecided = one.decisions
+    share = 1 - one.judgements / one.fixed_test if one.fixed_test else math.nan
+    than = f"{percent(abs(share))} {'more' if share < 0 else 'fewer'} than"
+    return [
+        f"{above:,} at least {one.certify:g}, {below:,} at most {one.certify - one.margin:g}, {undecided:,} undecided",
+        f"{one.judgements:,} judgements, {than} the {one.fixed_test:,} of a fixed test of equal errors",
+    ]
+
+
+def _width_lines(one: Stopped) -> list[str]:
+    if one.stop_when is None:
+        return []
+    used, fixed = one.fixed_width
+    return [
+        f"{one.narrow:,} with an interval within ±{one.stop_when:g} that holds at any time",
+        f"{used:,} judgements; numbers fixed beforehand take {fixed:,} for the same widths",
+    ]
 
 
 def _scores(coders: Sequence[CoderSummary], *, plumbing: bool) -> list[str]:

@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
         "store": _compact,
         "plan": _plan,
         "export": _export,
+        "records": _records,
         "llm": _llm,
         "status": _status,
     }[options.command](options)
@@ -48,9 +49,10 @@ def _demo(options: argparse.Namespace) -> int:
     from exegete.pipeline import run_pipeline
 
     begun = time.monotonic()
-    config = demo_config(given(options))
+    config = demo_config(given(options), recurrent=options.recurrent)
+    out = options.out or Path("runs/demo-recurrent" if options.recurrent else "runs/demo")
     _say(describe_corpus())
-    made = run_pipeline(config, options.out, progress=progress_for(options.quiet))
+    made = run_pipeline(config, out, progress=progress_for(options.quiet))
     _print_report(made)
     _say(f"{time.monotonic() - begun:.0f} s in all")
     return 0
@@ -87,7 +89,7 @@ def _collect(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     with _opened(options, scoring=False) as (pipeline, client):
         pipeline.explain(client)
-    counts = _counts(pipeline.run.table("explanations")["status"])
+    counts = _counted(pipeline.run, "explanations")
     _say("explanations: " + (", ".join(f"{n} {status}" for status, n in counts.items()) or "none"))
     _say(f"next: exegete score {options.run}")
     return 0
@@ -96,9 +98,11 @@ def _explain(options: argparse.Namespace) -> int:
 def _score(options: argparse.Namespace) -> int:
     with _opened(options, explaining=False) as (pipeline, client):
         pipeline.score(client)
-    n_scores = len(pipeline.run.table("scores")["value"])
-    _say(f"{n_scores} scores" if n_scores else "no scores: nothing is explained yet")
-    _say(f"next: exegete {'report' if n_scores else 'explain'} {options.run}")
+    scored = _counted(pipeline.run, "scored")
+    _print_stopped(pipeline.run, pipeline.config)
+    told = ", ".join(f"{n} by {scorer}" for scorer, n in scored.items())
+    _say(f"latents scored: {told}" if scored else "no scores: nothing is explained yet")
+    _say(f"next: exegete {'report' if scored else 'explain'} {options.run}")
     return 0
 
 
@@ -226,6 +230,27 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _records(options: argparse.Namespace) -> int:
+    from exegete.analysis.visible import visible_line
+    from exegete.api import load_simulations
+    from exegete.results_rows import plain
+
+    found = [
+        {"layer": read.layer, "neuron": read.neuron, "explanation": one.explanation, "windows": len(one.sequences)}
+        | dataclasses.asdict(one.scores)
+        for read in map(load_simulations, options.files)
+        for one in read.explanations
+    ]
+    if options.json:
+        _say(json.dumps(plain(found), indent=2))
+        return 0
+    for one in found:
+        scores = " ".join(f"{one[name]:7.3f}" for name in ("ev_correlation", "rsquared", "absolute_dev_explained"))
+        _say(visible_line(f"{one['layer']}/{one['neuron']} {scores} {one['windows']:4} {one['explanation']}"))
+    _say("by explanation: correlation, R², absolute deviation explained, windows" if found else "no explanations")
+    return 0
+
+
 def _llm(options: argparse.Namespace) -> int:
     import asyncio
 
@@ -303,8 +328,30 @@ def _print_report(made: Any) -> None:
     _say(f"report: {made.report_path}")
 
 
-def _counts(values: Any) -> dict[str, int]:
+def _print_stopped(made: Any, config: RunConfig) -> None:
+    """Print what came of the scorers of a configuration that judged only as much as needed."""
+    from exegete.analysis.stopping import stopped
+    from exegete.analysis.text import stopped_text
+    from exegete.scorers.scorer import make_scorer
+
+    labels = {make_scorer(name, config).label for name in config.scorers}
+    results = made.results()
+    try:
+        found = [one for one in stopped(results) if one.scorer in labels]
+    finally:
+        results.close()
+    if found:
+        _say(stopped_text(found))
+
+
+def _counted(made: Any, part: str) -> dict[str, int]:
+    """Return how many latents of all coders together are ``explanations`` by status, or are ``scored`` by scorer."""
     found: dict[str, int] = {}
-    for value in values:
-        found[str(value)] = found.get(str(value), 0) + 1
+    results = made.results()
+    try:
+        for counts in results.counts().values():
+            for name, n in getattr(counts, part).items():
+                found[name] = found.get(name, 0) + n
+    finally:
+        results.close()
     return dict(sorted(found.items()))

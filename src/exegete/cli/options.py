@@ -92,7 +92,8 @@ def build_parser() -> Parser:
         return made
 
     demo = command("demo", "Run the whole pipeline on the embedded default: no network, GPU or key.")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
+    demo.add_argument("--recurrent", action="store_true", help="the small Mamba instead of the transformer")
+    demo.add_argument("--out", type=Path, help="run folder (default: runs/demo, or runs/demo-recurrent)")
     _add_settings(
         demo,
         only={
@@ -155,7 +156,7 @@ def build_parser() -> Parser:
     validate.add_argument("--scorers", nargs="+", default=["all"], metavar="TEXT", help="which (default: all)")
     validate.add_argument("--latents", type=int, default=32, metavar="N", help="latents planted (default: 32)")
     validate.add_argument("--n", type=int, default=100, metavar="N", help="windows judged of each class (default: 100)")
-    validate.add_argument("--rounds", type=int, default=2, metavar="N", help="draws of windows (default: 2)")
+    validate.add_argument("--rounds", type=int, default=4, metavar="N", help="draws of windows (default: 4)")
     validate.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default: 0)")
     validate.add_argument("--page", type=Path, metavar="FILE", help="write the page of the documentation here, too")
 
@@ -182,9 +183,18 @@ def build_parser() -> Parser:
 
     export = command("export", "Write a run in a form that other tools read.")
     export.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    export.add_argument("--to", choices=("delphi",), required=True, help="delphi: the folders of EleutherAI's delphi")
+    export.add_argument(
+        "--to",
+        choices=("delphi", "openai"),
+        required=True,
+        help="delphi: the folders of EleutherAI's delphi; openai: simulations as OpenAI's neuron explainer keeps them",
+    )
     export.add_argument("--out", type=Path, required=True, help="new folder to write")
     export.add_argument("--coders", nargs="+", action="extend", metavar="CODER", help="only these coders")
+
+    records = command("records", "Say how good the explanations in simulation files of OpenAI's form are.")
+    records.add_argument("files", type=Path, nargs="+", metavar="FILE", help="LAYER/NEURON.jsonl")
+    records.add_argument("--json", action="store_true", help="print JSON")
 
     llm = command("llm", "Ask a language model's server what it can do: logprobs, prompt logprobs, JSON schemas.")
     llm.add_argument("model", metavar="LLM", help="URL#MODEL, openai/MODEL, openrouter/ORG/MODEL, hf/MODEL, vllm/MODEL")
@@ -227,7 +237,10 @@ def _argument(hint: Any) -> dict[str, Any]:
         return {"choices": typing.get_args(hint)}
     if origin is tuple:
         # Given twice, an option adds to the list: --text a --text b is --text a b.
-        return {**_argument(typing.get_args(hint)[0]), "nargs": "+", "action": "extend"}
+        found = _argument(typing.get_args(hint)[0])
+        if "choices" in found:
+            found = {"choices": (*found["choices"], *settings.WHOLE), "metavar": "NAME"}
+        return {**found, "nargs": "+", "action": "extend"}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     names = {int: "N", float: "X", str: "TEXT"}

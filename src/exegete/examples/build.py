@@ -161,6 +161,7 @@ class _Job:
                 frame=self._n_test,
                 seed=self._seed,
                 strata=self._sizes(silent, at),
+                keep_bos=self._config.keep_bos,
                 table=self._data.tokens,
             )
             if skip is None

@@ -13,7 +13,7 @@ from typing import Any, final
 from exegete.errors import ConfigError, InputError
 from exegete.examples.render import explained_texts
 from exegete.explainers.explainer import Explainer
-from exegete.llm.client import run_limited
+from exegete.llm.client import run_closing
 from exegete.llm.protocol import PROMPTS, explain_messages, with_strengths
 from exegete.prompts import prompt_hash
 from exegete.types import Explanation, LLMReply, LLMRequest, Windows
@@ -63,14 +63,7 @@ class DefaultExplainer(Explainer):
 
     def explain(self, views: Sequence[LatentView], *, concurrency: int = 16) -> Iterator[Explanation]:
         """Yield one explanation per view as replies arrive. Raises LLMError when the server cannot be used at all."""
-        clients = {id(view.llm): view.require_llm() for view in views}
-
-        async def finish() -> None:
-            for client in clients.values():
-                await client.close()
-
-        for _, explanation in run_limited(views, self._one, concurrency, finish):
-            yield explanation
+        yield from run_closing(views, self._one, concurrency, [view.require_llm() for view in views])
 
     def request(self, view: LatentView) -> LLMRequest:
         """Return the request that asks for a view's explanation. Nothing is sent, and no language model needed.
@@ -107,6 +100,7 @@ class DefaultExplainer(Explainer):
             reply = await llm.reply(replace(request, messages=(*request.messages, *repair)))
         detail = {
             "model": llm.name,
+            **({"simulated": True} if llm.simulated else {}),
             "finish": reply.finish,
             "prompt_tokens": reply.prompt_tokens,
             "completion_tokens": reply.completion_tokens,

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from exegete.errors import unknown
 from exegete.export.delphi import export_delphi
+from exegete.export.openai import export_openai
 
 if TYPE_CHECKING:
     from exegete.runs import Run
 
-__all__ = ["FORMS", "export_delphi", "export_run"]
+__all__ = ["FORMS", "export_delphi", "export_openai", "export_run"]
 
-FORMS = ("delphi",)
+FORMS = ("delphi", "openai")
 """What a run can be written as."""
 
 
@@ -25,5 +26,5 @@ def export_run(run: Run, *, to: str, out: str | Path, coders: Sequence[str] | No
     """
     if to not in FORMS:
         raise unknown("export", to, FORMS)
-    export_delphi(run, out, coders=coders)
+    (export_delphi if to == "delphi" else export_openai)(run, out, coders=coders)
     return Path(out)

@@ -69,6 +69,11 @@ class Backend(ABC):
         return self.name
 
     @property
+    def natural(self) -> bool:
+        """Whether the model was trained on natural language, as all are that are not known not to be."""
+        return True
+
+    @property
     def unlimited(self) -> bool:
         """Whether any number of requests may wait for any time, as in batch files."""
         return False

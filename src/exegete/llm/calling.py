@@ -70,6 +70,11 @@ class Caller(LLMClient):
         return self._temperature
 
     @property
+    def natural(self) -> bool:
+        """Whether the backend's model is."""
+        return self._backend.natural
+
+    @property
     def unlimited(self) -> bool:
         """Whether the backend is."""
         return self._backend.unlimited

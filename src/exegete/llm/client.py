@@ -9,11 +9,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Gener
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from exegete.errors import LLMError
 from exegete.llm.backend import Capabilities
 from exegete.types import LLMReply, LLMRequest
+
+if TYPE_CHECKING:
+    from exegete.llm.reader import Reader
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,6 +47,11 @@ class LLMClient(ABC):
     def simulated(self) -> bool:
         """Whether nothing is asked: what it answers checks that a pipeline works, and measures nothing."""
         return False
+
+    @property
+    def natural(self) -> bool:
+        """Whether a model trained on natural language answers; what another does checks only that a pipeline works."""
+        return not self.simulated
 
     @abstractmethod
     async def reply(self, request: LLMRequest) -> LLMReply:
@@ -152,6 +160,26 @@ def run_limited(
     finally:
         unwanted.set()
         thread.join()
+
+
+def run_closing(
+    items: Sequence[T],
+    work: Callable[[T], Awaitable[R]],
+    limit: int,
+    used: Iterable[LLMClient | Reader | None],
+) -> Iterator[R]:
+    """Yield what ``work`` gives of every item, as ``run_limited`` does, and close at the end whatever was ``used``.
+
+    A client or reader that several items share is closed once; None stands for one that is not there.
+    """
+    parts = {id(part): part for part in used if part is not None}
+
+    async def finish() -> None:
+        for part in parts.values():
+            await part.close()
+
+    for _, result in run_limited(items, work, limit, finish):
+        yield result
 
 
 def run_to_end(work: Callable[[], Coroutine[Any, Any, R]]) -> R:

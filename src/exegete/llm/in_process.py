@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from exegete.errors import ExegeteError, InputError, LLMError
 from exegete.llm.backend import Backend
+from exegete.llm.identity import is_demo
 from exegete.llm.tokenised import folder_identity, prompt_ids
 from exegete.types import LLMRequest
 
@@ -44,6 +45,11 @@ class InProcess(Backend, ABC, Generic[M]):
     def identity(self) -> str:
         """The name; of a folder, what lies in it: others may stand under the same path, and change."""
         return folder_identity(self._model) or self.name
+
+    @cached_property
+    def natural(self) -> bool:
+        """Whether it is another model than the demo's, which was trained on Python code alone."""
+        return not is_demo(self.name)
 
     @property
     def unlimited(self) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from exegete.errors import ConfigError, InputError
 from exegete.llm.backend import Capabilities
 from exegete.llm.client import LLMClient, run_to_end
+from exegete.llm.identity import IN_PROCESS, is_demo_hash
 from exegete.llm.openai_endpoint import parse_spec
 from exegete.llm.reader import Reader
 
@@ -59,11 +60,22 @@ def check_reader(spec: str) -> None:
     parse_spec(spec)
 
 
+def reader_name(spec: str, llm: LLMClient | None) -> str:
+    """Return the name of the model that reads: for ``auto`` that of the language model, or ``subject``.
+
+    A server is then asked what it can do, as ``reader_from_spec`` does; models of this process can all read, and are
+    not loaded to say so.
+    """
+    if spec != "auto":
+        return spec
+    return llm.name if llm is not None and not llm.simulated and _reads(llm) else "subject"
+
+
 def _chosen(subject: Callable[[], Subject] | None, llm: LLMClient | None) -> Reader:
     from exegete.llm.reading_server import ServerReader
 
-    if llm is not None and not llm.simulated and _capabilities(llm).prompt_logprobs:
-        return ServerReader(llm, natural=not _names_demo(llm.name))
+    if llm is not None and reader_name("auto", llm) == llm.name:
+        return ServerReader(llm, natural=llm.natural)
     return _of_subject(subject, "auto")
 
 
@@ -88,21 +100,7 @@ def subject_reader(subject: Subject, *, name: str = "subject") -> Reader:
 
 def _is_demo(subject: Subject) -> bool:
     """Tell whether a subject is the demo's, read Python only, wherever it lies, or has its weights drawn again."""
-    from exegete.demo import assets
-    from exegete.subjects.identity import folder_hash
-
-    return "@randomised" in subject.name or subject.hash == folder_hash(assets() / "model")
-
-
-def _names_demo(spec: str) -> bool:
-    """Tell whether a model of this process is the demo's, by the folder that its name gives."""
-    from exegete.demo import assets
-    from exegete.subjects.identity import folder_hash
-
-    service, _, model = spec.partition("/")
-    if service not in ("hf", "vllm") or not Path(model).is_dir():
-        return False
-    return folder_hash(Path(model)) == folder_hash(assets() / "model")
+    return "@randomised" in subject.name or is_demo_hash(subject.hash)
 
 
 def _of_model(spec: str, model: str) -> Reader:
@@ -128,7 +126,11 @@ def _of_client(client: LLMClient) -> Reader:
             f"{client.name} gives no log probabilities of a prompt's tokens, so it cannot read; use a server that "
             "does (vLLM, llama.cpp), or reader subject"
         )
-    return ServerReader(client, natural=not _names_demo(client.name))
+    return ServerReader(client, natural=client.natural)
+
+
+def _reads(client: LLMClient) -> bool:
+    return client.name.partition("/")[0] in IN_PROCESS or _capabilities(client).prompt_logprobs
 
 
 def _capabilities(client: LLMClient) -> Capabilities:

@@ -5,7 +5,7 @@ a value that is not a number, one class only — the result is NaN with ``n`` 0,
 Where the data do not suffice for an interval of the asked level, it is the whole range.
 """
 
-from exegete.metrics.calibration import calibration, reliability
+from exegete.metrics.calibration import calibration
 from exegete.metrics.centres import Lift, difference_of_medians, mean_interval, median_interval, paired_lift
 from exegete.metrics.correlations import correlation, pearson
 from exegete.metrics.deciles import decile_curve, stratum_curve
@@ -51,7 +51,6 @@ __all__ = [
     "precision",
     "purity",
     "ranked",
-    "reliability",
     "responsiveness",
     "sensitivity",
     "share_of_ties",

@@ -1,10 +1,9 @@
-"""Whether P(yes) means what it says: Brier score, expected calibration error, and the reliability curve."""
+"""Whether P(yes) means what it says: Brier score and expected calibration error."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Final, final
+from typing import Final
 
 import numpy as np
 
@@ -14,21 +13,9 @@ from exegete.metrics.clustered import t_of
 from exegete.metrics.inputs import clamped, undefined, z_of
 from exegete.metrics.interval import Interval
 from exegete.metrics.observed import Observed
-from exegete.metrics.proportions import wilson
 from exegete.types import Array
 
 BINS: Final = 10
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bin:
-    """The windows whose P(yes) lies in ``low`` … ``high``: their mean P(yes), and the share of them that fires."""
-
-    low: float
-    high: float
-    mean: float
-    firing: Interval
 
 
 def calibration(
@@ -41,29 +28,15 @@ def calibration(
     al. 2015). Noise in the shares raises it above its target: by no more than the weighted mean of what each is off,
     whose 97.5 % quantile over ``draws`` from Jeffreys' posteriors lies between ``low`` and the value; and it can fall
     below its target only as a sum of signed gaps does, so that ``high`` is the normal's quantile of that sum above it.
-    Windows without P(yes) are left out. Both are NaN without any. Raises InputError for numbers that are no
-    probabilities.
+    Windows without P(yes) are left out. Both are NaN without any. Fewer than 20 documents with firing windows, or with
+    silent ones, are flagged ``few_documents``. Raises InputError for numbers that are no probabilities.
     """
     score, truth, document = _known(observed)
     n = len(score)
     if not n:
         return {"brier": undefined("cr-t"), "ece": undefined("triangle-beta")}
-    documents = len(np.unique(document))
     found = {"brier": _brier(score, truth, document, level), "ece": _ece(score, truth, bins, draws, seed, level)}
-    return {name: failures.marked(interval, documents) for name, interval in found.items()}
-
-
-def reliability(observed: Observed, *, bins: int = BINS, level: float = 0.95) -> tuple[Bin, ...]:
-    """Return the reliability curve: of every bin that holds windows the share that fires, with Wilson's interval.
-
-    Raises InputError for numbers that are no probabilities.
-    """
-    score, truth, _ = _known(observed)
-    place, counts, means, firing = _binned(score, truth, bins)
-    return tuple(
-        Bin(low=b / bins, high=(b + 1) / bins, mean=mean, firing=wilson(k, n, level=level))
-        for b, n, mean, k in zip(place.tolist(), counts.tolist(), means.tolist(), firing.tolist(), strict=True)
-    )
+    return {name: failures.rests_on(interval, truth, document) for name, interval in found.items()}
 
 
 def _known(observed: Observed) -> tuple[Array, Array, Array]:
@@ -77,13 +50,13 @@ def _known(observed: Observed) -> tuple[Array, Array, Array]:
     return known.score, known.truth, known.document
 
 
-def _binned(score: Array, truth: Array, bins: int) -> tuple[Array, Array, Array, Array]:
-    """Return which bins hold windows, how many, their mean P(yes), and how many of them fire."""
+def _binned(score: Array, truth: Array, bins: int) -> tuple[Array, Array, Array]:
+    """Return how many windows lie in each bin that holds any, their mean P(yes), and how many of them fire."""
     which = np.minimum((score * bins).astype(np.int64), bins - 1)
     counts = np.bincount(which, minlength=bins)
     place = np.flatnonzero(counts)
     means = np.bincount(which, weights=score, minlength=bins)[place] / counts[place]
-    return place, counts[place], means, np.bincount(which[truth], minlength=bins)[place]
+    return counts[place], means, np.bincount(which[truth], minlength=bins)[place]
 
 
 def _brier(score: Array, truth: Array, document: Array, level: float) -> Interval:
@@ -99,7 +72,7 @@ def _brier(score: Array, truth: Array, document: Array, level: float) -> Interva
 
 
 def _ece(score: Array, truth: Array, bins: int, draws: int, seed: int, level: float) -> Interval:
-    _, counts, means, firing = _binned(score, truth, bins)
+    counts, means, firing = _binned(score, truth, bins)
     share = counts / len(score)
     value = float(share @ np.abs(means - firing / counts))
     hits, misses = firing + 0.5, counts - firing + 0.5

@@ -10,11 +10,14 @@ have closed forms linear in the number of windows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final, final
 
 import numpy as np
 
+from exegete.metrics.failures import marked
+from exegete.metrics.interval import Interval
 from exegete.types import Array
 
 SILENT: Final = 0
@@ -67,6 +70,11 @@ class Documents:
         return held
 
     @property
+    def fewest(self) -> int:
+        """Documents that hold windows of the class that lies in fewer, of the classes that there are."""
+        return int(self.held[self.totals > 0].min())
+
+    @property
     def repeat(self) -> bool:
         """Whether any document holds more than one of the windows."""
         return self.n < len(self.place)
@@ -113,6 +121,47 @@ class Documents:
         trace = float((own - lost).sum())
         square = float(own @ own - 2.0 * (own @ lost) + ((joint.T @ joint) ** 2).sum())
         return trace * trace / square if square > 0 else 0.0
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mean:
+    """The mean of ``n`` values: its variance by CR2, and the quantile of Student's t that its interval takes.
+
+    The quantile is infinite where one document holds all values.
+    """
+
+    value: float
+    variance: float
+    quantile: float
+    n: int
+    n_documents: int
+
+    @classmethod
+    def of(cls, values: Array, document: Array, *, level: float = 0.95) -> Mean | None:
+        """Return the mean of values [n] that lie in these documents [n]; None without any."""
+        n = len(values)
+        if not n:
+            return None
+        documents = Documents.of(np.ones(n, bool), document)
+        shares = documents.shares(values)[:, FIRING]
+        return cls(
+            value=float(values.mean()),
+            variance=float(shares @ shares),
+            quantile=t_of(level, documents.freedom(np.eye(2)[FIRING])),
+            n=n,
+            n_documents=documents.n,
+        )
+
+    @property
+    def half(self) -> float:
+        """Half the width of Student's interval; infinite where one document holds all values."""
+        return math.inf if math.isinf(self.quantile) else self.quantile * math.sqrt(self.variance)
+
+    def interval(self, low: float, high: float, method: str) -> Interval:
+        """Return the mean between these bounds, or between itself and one, marked with its documents."""
+        low, high = min(low, self.value), max(high, self.value)
+        return marked(Interval(value=self.value, low=low, high=high, method=method, n=self.n), self.n_documents)
 
 
 def _together(klass: Array, stratum: Array, place: Array) -> Array:

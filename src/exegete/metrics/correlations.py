@@ -15,7 +15,6 @@ from exegete.metrics.clustered import t_of
 from exegete.metrics.inputs import Numbers, clamped, finite, numbers, undefined, z_of
 from exegete.metrics.interval import Interval
 from exegete.metrics.observed import Observed
-from exegete.types import Array
 
 _JACKKNIFE: Final = "jackknife-fisher-z"
 
@@ -48,11 +47,11 @@ def correlation(observed: Observed, *, level: float = 0.95) -> Interval:
     Student's quantile: no normal distribution is assumed, and activations have none. Undefined where either side is
     constant; of one document, or where leaving out one leaves either side constant, it is the whole range −1…1.
     ``floor`` and ``ceiling`` are the bounds with missing scores as ``widened`` fills them in. Fewer than 20 documents
-    are flagged ``few_documents``.
+    with judgements where the latent fires, or with others, are flagged ``few_documents``.
     """
 
     def of(these: Observed) -> Interval:
-        return _clustered(these.score, these.activation, these.document, level)
+        return _clustered(these, level)
 
     return widened(of(failures.scored(observed)), observed, of)
 
@@ -78,11 +77,12 @@ def widened(found: Interval, observed: Observed, find: Callable[[Observed], Inte
     return replace(found, floor=min(i.low for i in lows), ceiling=max(i.high for i in highs))
 
 
-def _clustered(x: Array, y: Array, document: Array, level: float) -> Interval:
+def _clustered(known: Observed, level: float) -> Interval:
+    x, y = known.score, known.activation
     whole = pearson(x, y, level=level)
     if not whole.n:
         return undefined(_JACKKNIFE)
-    _, place = np.unique(document, return_inverse=True)
+    _, place = np.unique(known.document, return_inverse=True)
     n = int(place.max()) + 1
     x, y = (x - x.mean()) / x.std(), (y - y.mean()) / y.std()  # centred, so that the sums lose no digits
     sums = np.stack([np.bincount(place, weights=w, minlength=n) for w in (np.ones_like(x), x, y, x * x, y * y, x * y)])
@@ -96,4 +96,4 @@ def _clustered(x: Array, y: Array, document: Array, level: float) -> Interval:
         centre, half = math.atanh(whole.value), t_of(level, n - 1) * error
         low, high = math.tanh(centre - half), math.tanh(centre + half)
     found = clamped(whole.value, low, high, _JACKKNIFE, len(x), lowest=-1.0)
-    return failures.marked(found, n)
+    return failures.rests_on(found, known.truth, known.document)

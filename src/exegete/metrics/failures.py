@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -11,9 +11,10 @@ import numpy as np
 
 from exegete.metrics.interval import Interval
 from exegete.metrics.observed import FAILED, Observed
+from exegete.types import Array
 
 FEW: Final = 20
-"""Fewer documents than this are flagged ``few_documents``."""
+"""Fewer documents than this that hold windows of either class are flagged ``few_documents``."""
 
 
 def answered(observed: Observed) -> Observed:
@@ -45,11 +46,23 @@ def widened(
     return {name: replace(interval, floor=worst[name].low, ceiling=best[name].high) for name, interval in found.items()}
 
 
-def flags(n_documents: int) -> tuple[str, ...]:
-    """Return what a score from so many documents is marked with."""
-    return ("few_documents",) if n_documents < FEW else ()
+def marked(interval: Interval, n_documents: int, fewest: int | None = None) -> Interval:
+    """Return an interval that says on how many documents it rests, flagged ``few_documents`` where they are few.
+
+    ``fewest`` is how many of them hold windows of the class, firing or silent, that lies in fewer: a metric of both
+    classes errs as the one does that lies in few, however many documents the other lies in. Without it the interval is
+    of one class, and all ``n_documents`` count.
+    """
+    counted = n_documents if fewest is None else fewest
+    return replace(interval, n_documents=n_documents, flags=("few_documents",) if counted < FEW else ())
 
 
-def marked(interval: Interval, n_documents: int) -> Interval:
-    """Return an interval that says on how many documents it rests, flagged where they are few."""
-    return replace(interval, n_documents=n_documents, flags=flags(n_documents))
+def rests_on(interval: Interval, truth: Array, document: Array, *, classes: Sequence[bool] = (True, False)) -> Interval:
+    """Return an interval marked with the documents [n] of windows (or tokens) that fire or not (``truth``, bool [n]).
+
+    Few documents of a class flag it where the metric is of that class: of ``classes``, those that are there at all.
+    Raises ValueError where none is.
+    """
+    held = {which: np.unique(document[truth == which]) for which in (True, False)}
+    fewest = min(len(held[which]) for which in classes if len(held[which]))
+    return marked(interval, len(np.union1d(held[True], held[False])), fewest)

@@ -17,9 +17,9 @@ Truths = Sequence[bool] | npt.NDArray[np.bool_]
 Numbers = Sequence[float] | npt.NDArray[np.floating]
 
 
-def undefined(method: str) -> Interval:
-    """Return the interval of what the data leave undefined: no number at all."""
-    return Interval(value=math.nan, low=math.nan, high=math.nan, method=method, n=0)
+def undefined(method: str, *, n: int = 0, flags: tuple[str, ...] = ()) -> Interval:
+    """Return the interval of what the data leave undefined: no number at all, of ``n`` that are too few for one."""
+    return Interval(value=math.nan, low=math.nan, high=math.nan, method=method, n=n, flags=flags)
 
 
 def clamped(

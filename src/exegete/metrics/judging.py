@@ -53,9 +53,9 @@ def judged(observed: Observed, *, level: float = 0.95) -> dict[str, Interval]:
     that F1 is), with the correlation of the two rates over documents. There the effective number is taken where no
     document repeats, too: MOVER of two plain Wilson intervals covers too little with few windows.
 
-    ``floor`` and ``ceiling`` hold the interval with everything that failed wrong, and right. Fewer than 20 documents
-    are flagged ``few_documents``; of a single one the interval is the whole range. A class without answers leaves what
-    needs it undefined: NaN, n 0.
+    ``floor`` and ``ceiling`` hold the interval with everything that failed wrong, and right. Where fewer than 20
+    documents hold firing windows, or silent ones, what needs that class is flagged ``few_documents``; of a single
+    document the interval is the whole range. A class without answers leaves what needs it undefined: NaN, n 0.
     """
     found = _intervals(failures.answered(observed), level)
     if not (observed.prediction < 0).any():
@@ -83,7 +83,7 @@ def _intervals(known: Observed, level: float) -> dict[str, Interval]:
         if documents.n == 1:
             mean, f1 = (mean[0], 0.0, 1.0), (f1[0], 0.0, 1.0)
         for name, bounds in (("balanced_accuracy", mean), ("f1", f1)):
-            found[name] = failures.marked(clamped(*bounds, _MOVER, len(known)), documents.n)
+            found[name] = failures.marked(clamped(*bounds, _MOVER, len(known)), documents.n, documents.fewest)
     return {name: found[name] for name in JUDGED}
 
 

@@ -9,7 +9,7 @@ from typing import final
 import numpy as np
 
 from exegete.errors import InputError
-from exegete.types import STRATA, Array, ExampleSet, Judgement
+from exegete.types import STRATA, Array, ExampleSet, Judgement, Windows
 
 FAILED = -1
 
@@ -51,6 +51,35 @@ class Observed:
             probability=np.array([j.inclusion_probability for j in given], np.float64),
             multiplicity=np.array([j.multiplicity for j in given], np.int64),
             activation=np.array([j.activation for j in given], np.float64),
+        )
+
+    @classmethod
+    def of_windows(
+        cls,
+        windows: Windows,
+        *,
+        prediction: Array | None = None,
+        score: Array | None = None,
+        truth: Array | None = None,
+        activation: Array | None = None,
+        place: Array | None = None,
+    ) -> Observed:
+        """Return what was said of windows, in their order, as columns; or of units [t] that lie in them.
+
+        ``place`` [t] says in which window each unit lies. ``truth`` and ``activation`` are those of the windows, and
+        ``prediction`` and ``score`` are missing everywhere, where they are not given.
+        """
+        at = slice(None) if place is None else place
+        fires = windows.fires[at]
+        return cls(
+            truth=fires if truth is None else truth,
+            prediction=np.full(len(fires), FAILED, np.int8) if prediction is None else prediction.astype(np.int8),
+            score=np.full(len(fires), np.nan) if score is None else score.astype(np.float64),
+            stratum=windows.stratum[at],
+            document=windows.document[at],
+            probability=windows.probability[at],
+            multiplicity=windows.multiplicity[at],
+            activation=windows.strongest[at] if activation is None else activation,
         )
 
     def take(self, which: Array | slice) -> Observed:

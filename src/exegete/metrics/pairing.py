@@ -29,7 +29,8 @@ def paired(own: Observed, others: Sequence[Observed], metric: str, *, level: flo
     the difference itself: it is to first order a sum of class means of what windows contribute, whose variance is CR2's
     by document, with Student's quantile and Satterthwaite's degrees of freedom. In each class and against each other
     half a window is added that speaks for ``own`` and half a one that speaks against it (Agresti and Min 2005), so that
-    equal answers are no proof of equality. Where one document holds all windows of a class, it is the whole range.
+    equal answers are no proof of equality. Where one document holds all windows of a class, it is the whole range;
+    fewer than 20 with windows of a class that counts are flagged ``few_documents``.
 
     ``floor`` and ``ceiling`` hold the interval with own failures wrong and the others' right, and the reverse. Raises
     InputError when the windows differ, NotFoundError for another metric.
@@ -94,12 +95,12 @@ def _interval(value: float, documents: Documents, values: Array, weights: Array,
     """Return the interval of a sum of class means of values [n], whose classes count where weights [2] are not 0."""
     shares = documents.shares(values).sum(axis=1)
     added = np.divide(weights, documents.totals, out=np.zeros(2), where=weights > 0)
-    known = documents.held[weights > 0].min() > 1
-    quantile = t_of(level, documents.freedom(weights)) if known else math.inf
+    fewest = int(documents.held[weights > 0].min())
+    quantile = t_of(level, documents.freedom(weights)) if fewest > 1 else math.inf
     half = quantile * math.sqrt(float(shares @ shares + added @ added))
     counted = documents.of_class @ (weights > 0)
     n, held = int(documents.sizes.sum(axis=0) @ counted), int(np.count_nonzero(documents.sizes @ counted))
-    return failures.marked(clamped(value, value - half, value + half, _METHOD, n, lowest=-1.0), held)
+    return failures.marked(clamped(value, value - half, value + half, _METHOD, n, lowest=-1.0), held, fewest)
 
 
 @final

@@ -30,7 +30,7 @@ def ranked(observed: Observed, *, level: float = 0.95) -> dict[str, Interval]:
     of a class it is the whole range.
 
     ``floor`` and ``ceiling`` hold the interval with firing windows without a score ranked last and silent ones first,
-    and the reverse. Fewer than 20 documents are flagged ``few_documents``.
+    and the reverse. Fewer than 20 documents with firing windows, or with silent ones, are flagged ``few_documents``.
     """
     found = _interval(failures.scored(observed), level)
     if not np.isnan(observed.score).any():
@@ -51,7 +51,7 @@ def _interval(known: Observed, level: float) -> Interval:
     if not documents.totals.all():
         return undefined(_METHOD)
     if not documents.repeat:
-        return failures.marked(auroc(known.truth, known.score, level=level), documents.n)
+        return failures.marked(auroc(known.truth, known.score, level=level), documents.n, documents.fewest)
     values = components(known.truth, known.score)
     value = float(documents.means(values)[FIRING])
     shares = documents.shares(values).sum(axis=1)
@@ -65,4 +65,4 @@ def _interval(known: Observed, level: float) -> Interval:
     else:
         centre, half = math.log(value / (1.0 - value)), quantile * math.sqrt(variance) / (value * (1.0 - value))
         low, high = expit(centre - half), expit(centre + half)
-    return failures.marked(clamped(value, low, high, method, len(known)), documents.n)
+    return failures.marked(clamped(value, low, high, method, len(known)), documents.n, documents.fewest)

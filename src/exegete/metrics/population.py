@@ -90,9 +90,9 @@ def population(
     from below, and about ``n_needed`` judgements in the same mix would be enough if the rates are as they seem (None
     where no number would be). ``floor`` and ``ceiling`` are the bounds had failed firing windows been judged no and
     failed silent ones yes, and the reverse. The interval is a function of ``seed``; its bounds are quantiles of
-    ``draws`` simulations. Fewer than 20 documents are flagged ``few_documents``; where one document holds all firing
-    windows, the area and the correlation have the whole range. Raises InputError when a silent window is of a stratum
-    that the frame has not.
+    ``draws`` simulations. Where fewer than 20 documents hold firing windows, or silent ones, what needs that class is
+    flagged ``few_documents``; where one holds all firing windows, the area and the correlation have the whole range.
+    Raises InputError when a silent window is of a stratum that the frame has not.
     """
     known, scored = observed.prediction != FAILED, ~np.isnan(observed.score)
     options, sampled = Options(draws=draws, seed=seed, level=level), Sampled(observed, frame)

@@ -39,6 +39,8 @@ NONE_SEEN: Final = 0.2275
 """Median of Jeffreys' posterior of a rate after none of n, times n: half the median of chi-squared with one degree."""
 
 _EDGE: Final = 1e-9  # from 0 and 1, where a logit is taken
+_OF_CLASS: Final = {"population_recall": (True,), "population_specificity": (False,)}
+"""Metrics of firing windows alone, and of silent ones."""
 
 
 @final
@@ -282,8 +284,8 @@ class Sampled:
             whole = self._cut(np.ones(len(answered), bool))
             worst, best = (find(complete(self._observed, right=right), whole) for right in (False, True))
             found = failures.widened(found, worst, best)
-        documents = len(np.unique(self._observed.document[answered]))
-        return {metric: _marked(interval, documents) if interval.n else interval for metric, interval in found.items()}
+        told = self._observed.take(answered)
+        return {metric: _marked(metric, one, told) if one.n else one for metric, one in found.items()}
 
     def _cut(self, answered: Array) -> Parts:
         key = answered.tobytes()
@@ -292,9 +294,10 @@ class Sampled:
         return self._parts[key]
 
 
-def _marked(interval: Interval, documents: int) -> Interval:
-    """Return an interval marked with its documents, beside the flags it has."""
-    marked = failures.marked(interval, documents)
+def _marked(metric: str, interval: Interval, told: Observed) -> Interval:
+    """Return an interval marked with the documents of what was told, beside the flags it has."""
+    classes = _OF_CLASS.get(metric, (True, False))
+    marked = failures.rests_on(interval, told.truth, told.document, classes=classes)
     return replace(marked, flags=(*marked.flags, *interval.flags))
 
 

@@ -287,6 +287,22 @@ def matches(rule: Rule, context: TokenContext, *, value: Value = "precision") ->
     return found, scores
 
 
+def read_alone(windows: Array, table: TokenTable) -> TokenContext:
+    """Return windows, tokens [n, window], prepared for rules that see each of them by itself.
+
+    Special tokens are read but do not count: nothing fires there, and no reader sees them.
+    """
+    return TokenContext(windows, table, ~table.is_special[windows])
+
+
+def fitting(rule: Rule, context: TokenContext) -> Array:
+    """Return which rows of ``context`` a rule fits [n] bool: those with a position that counts and scores above 0."""
+    positions, scores = matches(rule, context)
+    found = np.zeros(context.n, bool)
+    found[positions[scores > 0] // context.length] = True
+    return found
+
+
 def execute(
     rules: Sequence[Rule],
     tokens: Array,

@@ -47,8 +47,7 @@ class Asked:
     @classmethod
     def whole(cls, examples: Windows, items: Items) -> Asked:
         """Return questions about whole windows: whether the latent fires in them."""
-        strongest = examples.activations.max(axis=1, initial=0.0).astype(np.float64)
-        return cls(examples=examples, items=items, truth=examples.fires, activation=strongest)
+        return cls(examples=examples, items=items, truth=examples.fires, activation=examples.strongest)
 
     def take(self, which: Array | slice) -> Asked:
         """Return the questions at these places, in this order."""
@@ -81,31 +80,61 @@ class Asked:
         """Return verdicts as columns; ``score`` is P(yes) where the judge gave it."""
         said = [FAILED if v.prediction is None else int(v.prediction) for v in verdicts]
         scores = [np.nan if v.probability is None else v.probability for v in verdicts]
-        return Observed(
-            truth=self.truth,
+        return Observed.of_windows(
+            self.examples,
             prediction=np.array(said, np.int8),
             score=np.array(scores, np.float64),
-            stratum=self.examples.stratum,
-            document=self.examples.document,
-            probability=self.examples.probability,
-            multiplicity=self.examples.multiplicity,
+            truth=self.truth,
             activation=self.activation,
         )
 
     def judgements(self, verdicts: Sequence[Verdict]) -> tuple[Judgement, ...]:
         """Return one judgement per verdict."""
-        windows = self.examples
-        columns = (
-            windows.row, windows.start, windows.document, windows.stratum, self.truth, self.activation,
-            windows.probability, windows.multiplicity,
-        )  # fmt: skip
-        return tuple(
-            Judgement(
-                row=row, start=start, document=document, stratum=STRATA[stratum], truth=truth, activation=activation,
-                prediction=v.prediction, probability=v.probability, value=v.value, status=v.status,
-                inclusion_probability=inclusion, multiplicity=multiplicity,
-            )
-            for row, start, document, stratum, truth, activation, inclusion, multiplicity, v in zip(
-                *(c.tolist() for c in columns), verdicts, strict=True
-            )
-        )  # fmt: skip
+        return judgements_of(self.examples, verdicts, truth=self.truth, activation=self.activation)
+
+
+def judgements_of(
+    windows: Windows,
+    verdicts: Sequence[Verdict],
+    *,
+    truth: Array | None = None,
+    activation: Array | None = None,
+    place: Array | None = None,
+    column: Array | None = None,
+) -> tuple[Judgement, ...]:
+    """Return one judgement per verdict on windows, in their order; or on tokens [t] that lie in them.
+
+    ``place`` [t] says in which window each token lies and ``column`` [t] where in it. ``truth`` and ``activation`` are
+    those of the windows where they are not given.
+    """
+    at = slice(None) if place is None else place
+    start = windows.start[at]
+    columns = (
+        windows.row[at],
+        start if column is None else start + column,
+        windows.document[at],
+        windows.stratum[at],
+        windows.fires[at] if truth is None else truth,
+        windows.strongest[at] if activation is None else activation,
+        windows.probability[at],
+        windows.multiplicity[at],
+    )
+    return tuple(
+        Judgement(
+            row=row,
+            start=begin,
+            document=document,
+            stratum=STRATA[stratum],
+            truth=true,
+            prediction=verdict.prediction,
+            probability=verdict.probability,
+            value=verdict.value,
+            status=verdict.status,
+            activation=strength,
+            inclusion_probability=inclusion,
+            multiplicity=multiplicity,
+        )
+        for row, begin, document, stratum, true, strength, inclusion, multiplicity, verdict in zip(
+            *(c.tolist() for c in columns), verdicts, strict=True
+        )
+    )

@@ -15,8 +15,8 @@ import numpy as np
 
 from exegete.errors import InputError
 from exegete.metrics import Interval
-from exegete.metrics.clustered import Documents, t_of
-from exegete.metrics.failures import marked
+from exegete.metrics.clustered import Mean
+from exegete.metrics.inputs import undefined
 from exegete.metrics.proportions import score_bounds
 from exegete.types import Array
 
@@ -26,7 +26,6 @@ TOLD_APART: Final = 0.75
 """Two explanations collide where the right one is the likelier in a smaller share of the windows that either fits; two
 of the same words are at a half."""
 _TIED: Final = 1e-9  # log odds of equal verdicts may differ by rounding
-_FIRING: Final = np.array([0.0, 1.0])
 
 
 @final
@@ -119,9 +118,8 @@ def mean_difference(own: Array, others: Sequence[Array], document: Array, most: 
     span = most - lowest
     found = _mean(apart, document, span)
     if found is None:
-        return _nothing("cr2-t")
-    half = found.quantile * math.sqrt(found.variance)
-    low, high = max(-span, found.value - half), min(span, found.value + half)
+        return undefined("cr2-t")
+    low, high = max(-span, found.value - found.half), min(span, found.value + found.half)
     return found.interval(low, high, "cr2-t")
 
 
@@ -154,37 +152,11 @@ def collisions(details: Mapping[str, Mapping[str, Any]], *, told_apart: float = 
     return sorted((tuple(c) for c in clusters.values() if len(c) > 1), key=lambda c: (-len(c), c))
 
 
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Mean:
-    """A mean over n windows, its variance by document, and Student's quantile for it."""
-
-    value: float
-    variance: float
-    quantile: float
-    n: int
-    n_documents: int
-
-    def interval(self, low: float, high: float, method: str) -> Interval:
-        low, high = min(low, self.value), max(high, self.value)
-        return marked(Interval(value=self.value, low=low, high=high, method=method, n=self.n), self.n_documents)
-
-
-def _mean(values: Array, document: Array, span: float) -> _Mean | None:
-    """Return the mean of the values that are known, which lie in a range of ``span``."""
+def _mean(values: Array, document: Array, span: float) -> Mean | None:
+    """Return the mean of the values that are known, which lie in a range of ``span``, one unseen window added."""
     known = ~np.isnan(values)
-    n = int(known.sum())
-    if not n:
-        return None
-    values, documents = values[known], Documents.of(np.ones(n, bool), document[known])
-    shares = documents.shares(values)[:, 1]
-    return _Mean(
-        value=float(values.mean()),
-        variance=float(shares @ shares) + (span / 2.0 / n) ** 2,
-        quantile=t_of(0.95, documents.freedom(_FIRING)),
-        n=n,
-        n_documents=documents.n,
-    )
+    found = Mean.of(values[known], document[known])
+    return None if found is None else replace(found, variance=found.variance + (span / 2.0 / found.n) ** 2)
 
 
 def _with_missing(values: Array, document: Array, bounds: tuple[float, float]) -> Interval:
@@ -201,14 +173,10 @@ def _bounded(values: Array, document: Array, bounds: tuple[float, float]) -> Int
     span = highest - lowest
     found = _mean(values, document, span)
     if found is None:
-        return _nothing("cr2-score")
+        return undefined("cr2-score")
     share = min(max((found.value - lowest) / span, 0.0), 1.0)
     if math.isinf(found.quantile):
         return found.interval(lowest, highest, "cr2-score")
     spread = share * (1.0 - share) * span * span
     low, high = score_bounds(share, spread / found.variance if spread > 0 else found.n, found.quantile)
     return found.interval(lowest + span * max(low, 0.0), lowest + span * min(high, 1.0), "cr2-score")
-
-
-def _nothing(method: str) -> Interval:
-    return Interval(value=math.nan, low=math.nan, high=math.nan, method=method, n=0)

@@ -22,9 +22,10 @@ import numpy as np
 from exegete import metrics
 from exegete.errors import ConfigError
 from exegete.metrics import Interval, Observed
+from exegete.metrics.inputs import undefined
 from exegete.streams import stream
 from exegete.types import Explanation, LatentId, Score
-from exegete.views import LatentView
+from exegete.views import LatentView, Need
 
 T = TypeVar("T")
 OTHER_LATENT: Final = "other_latent"
@@ -49,6 +50,11 @@ def named_controls(given: str | Sequence[str]) -> tuple[str, ...]:
     if unknown or len(set(names)) < len(names):
         raise ConfigError(f"controls are of {', '.join(CONTROLS)}, each once, or all, or none; got {list(names)}")
     return names
+
+
+def needs_of(controls: Sequence[str], donors: int = 1) -> frozenset[Need]:
+    """Return what controls need of a view beside the explanation itself: donors, where any of them is asked."""
+    return frozenset({"donors"}) if OTHER_LATENT in controls and donors else frozenset()
 
 
 def with_text(explanation: Explanation) -> bool:
@@ -138,7 +144,7 @@ def over_donors(intervals: Sequence[Interval], bounds: tuple[float, float] = (0.
     n = len(found)
     if n < MIN_DONORS:
         method = f"too few donors: {n} of at least {MIN_DONORS}"
-        return Interval(value=math.nan, low=math.nan, high=math.nan, method=method, n=n, flags=("few_donors",))
+        return undefined(method, n=n, flags=("few_donors",))
     mean = metrics.mean_interval([i.value for i in found])
     low, high = max(bounds[0], mean.low), min(bounds[1], mean.high)
     return Interval(

@@ -17,12 +17,21 @@ import numpy as np
 
 from exegete.errors import ConfigError
 from exegete.examples.data import StoreData
-from exegete.llm.client import run_limited
+from exegete.llm.client import run_closing
 from exegete.llm.protocol import PROMPTS
 from exegete.prompts import prompt_hash
 from exegete.scorers.asked import Asked
 from exegete.scorers.contrast import SURE, Contrast, log_odds, mean_bits, mean_credit, mean_difference
-from exegete.scorers.controls import LIFT, by_control, control_score, named_controls, of_donors, panel, score_of
+from exegete.scorers.controls import (
+    LIFT,
+    by_control,
+    control_score,
+    named_controls,
+    needs_of,
+    of_donors,
+    panel,
+    score_of,
+)
 from exegete.scorers.judge import MAX_TOKENS, Items, Judge, JudgeChoice, JudgeOptions, Verdict
 from exegete.scorers.judged import DEFAULT_CONTROLS, Item
 from exegete.scorers.scorer import Scorer, Scoring
@@ -84,9 +93,9 @@ class DiscriminationScorer(Scorer):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Examples, all firings, the explanations of the nearest latents, donors; and what the judge needs."""
-        needed: set[Need] = {"examples", "data", "near", "donors"}
-        return frozenset(needed | self._options.needs)
+        """Examples, all firings, the explanations of the nearest latents, donors for their null; the judge's."""
+        needed: set[Need] = {"examples", "data", "near"}
+        return frozenset(needed | needs_of(self._controls) | self._options.needs)
 
     def judged_by(self, llm: LLMClient | None) -> str:
         """The language model or the rule, as ``judge`` says."""
@@ -103,7 +112,6 @@ class DiscriminationScorer(Scorer):
         the language model cannot be used at all.
         """
         gate = asyncio.Semaphore(concurrency)
-        clients = {id(view.llm): view.llm for _, view in items if view.llm is not None}
 
         async def work(item: Item) -> Scoring:
             explanation, view = item
@@ -111,12 +119,7 @@ class DiscriminationScorer(Scorer):
                 return Scoring(explanation=explanation, scores=(), judgements={})
             return await self._scoring(item, self._options.choose("detection", explanation, view, gate, NAME))
 
-        async def finish() -> None:
-            for client in clients.values():
-                await client.close()
-
-        for _, scoring in run_limited(items, work, concurrency, finish):
-            yield scoring
+        yield from run_closing(items, work, concurrency, (view.llm for _, view in items))
 
     async def _scoring(self, item: Item, judge: Judge) -> Scoring:
         explanation, view = item

@@ -12,7 +12,7 @@ import numpy as np
 
 from exegete.examples.render import plain_texts
 from exegete.examples.similar import DEFAULT_MODEL
-from exegete.scorers.controls import OTHER_LATENT, by_control, named_controls, panel
+from exegete.scorers.controls import OTHER_LATENT, by_control, named_controls, needs_of, panel
 from exegete.scorers.embedders import Embedder, embedder_of
 from exegete.scorers.scorer import Scorer, Scoring
 from exegete.scorers.valued import value_judgements, value_scores
@@ -62,8 +62,9 @@ class EmbeddingScorer(Scorer):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Examples and donors."""
-        return frozenset({"examples", "donors"})
+        """Examples, and donors for their null."""
+        needed: set[Need] = {"examples"}
+        return frozenset(needed | needs_of(self._controls))
 
     def check(self) -> None:
         """Load the embedder. Raises MissingExtraError or NotFoundError where it cannot be had."""

@@ -57,7 +57,7 @@ class ExampleEmbeddingScorer(Scorer):
     @property
     def needs(self) -> frozenset[Need]:
         """Examples, and for the null donors and the firings of these."""
-        return frozenset({"examples", "donors", "data"})
+        return frozenset({"examples", "donors", "data"}) if self._donors else frozenset({"examples"})
 
     def check(self) -> None:
         """Load the embedder. Raises MissingExtraError or NotFoundError where it cannot be had."""

@@ -28,8 +28,8 @@ from exegete.types import Array
 from exegete.views import LatentView
 
 Marks = Literal["default", "active"]
-LLM_THRESHOLD = 0.3
-RULE_THRESHOLD = 0.0
+THRESHOLD = 0.3
+"""Share of a window's maximum above which the paper marks a token (arXiv 2410.13928)."""
 
 
 @final
@@ -39,15 +39,15 @@ class FuzzingScorer(JudgedScorer):
     ``kind`` is ``default`` (wrong marks on silent windows) or ``active`` (wrong marks on firing windows; its scores
     stand under ``fuzzing_active``, over half as many windows of each class, and extend to no frame of windows).
     ``threshold`` is the one threshold of this scorer: true marks and transplanted ones stand where an activation
-    exceeds that share of its window's maximum. Left open, it is the paper's 0.3 for a language model, which is shown
-    explanations written from such marks, and 0 (wherever the latent fires) for the executed rule, whose target that is.
+    exceeds that share of its window's maximum. Whoever judges is asked about the same marks, so that what a language
+    model says and what a rule does are paired; a rule takes marks that it matches, whatever else it matches.
     """
 
     def __init__(
         self,
         *,
         kind: Marks = "default",
-        threshold: float | None = None,
+        threshold: float = THRESHOLD,
         judge: JudgeChoice = "auto",
         per_request: int = 5,
         probabilities: bool = False,
@@ -69,7 +69,7 @@ class FuzzingScorer(JudgedScorer):
         )
         if kind not in ("default", "active"):
             raise ConfigError(f"kind is default or active, got {kind!r}")
-        if threshold is not None and not 0.0 <= threshold < 1.0:
+        if not 0.0 <= threshold < 1.0:
             raise ConfigError(f"threshold is a share of a window's maximum, at least 0 and below 1, got {threshold}")
         self._marks: Marks = kind
         self._threshold = threshold
@@ -94,10 +94,8 @@ class FuzzingScorer(JudgedScorer):
 
     def units(self, view: LatentView) -> Asked:
         """Return marked windows, those with true marks and those with wrong ones."""
-        threshold = self._threshold
-        if threshold is None:
-            threshold = RULE_THRESHOLD if self.executes(view) else LLM_THRESHOLD
-        return _active(view, threshold) if self._marks == "active" else _transplanted(view, threshold)
+        made = _active if self._marks == "active" else _transplanted
+        return made(view, self._threshold)
 
 
 def _transplanted(view: LatentView, threshold: float) -> Asked:

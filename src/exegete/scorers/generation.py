@@ -18,11 +18,11 @@ import numpy as np
 
 from exegete import metrics
 from exegete.errors import ConfigError
-from exegete.llm.client import gather_all, run_limited
+from exegete.llm.client import gather_all, run_closing
 from exegete.llm.protocol import PROMPTS, generate_messages, generate_schema
 from exegete.metrics import FrameCounts, Interval
 from exegete.metrics.fade import clarity
-from exegete.metrics.failures import marked
+from exegete.metrics.failures import marked, rests_on
 from exegete.prompts import prompt_hash
 from exegete.scorers.controls import (
     LIFT,
@@ -30,6 +30,7 @@ from exegete.scorers.controls import (
     by_control,
     control_score,
     named_controls,
+    needs_of,
     of_donors,
     panel,
     score_of,
@@ -131,9 +132,7 @@ class GenerationScorer(Scorer):
     def needs(self) -> frozenset[Need]:
         """Examples, a language model that writes, the subject and the coder that read; donors for their null."""
         needed: set[Need] = {"examples", "llm", "subject", "coder"}
-        if OTHER_LATENT in self._controls:
-            needed.add("donors")
-        return frozenset(needed)
+        return frozenset(needed | needs_of(self._controls, self._donors))
 
     def planned(self, explanation: Explanation, view: LatentView) -> Sequence[LLMRequest]:
         """Return the requests that write the texts, an explanation's own and its controls'."""
@@ -145,7 +144,6 @@ class GenerationScorer(Scorer):
         Raises InputError for a view without language model, subject or coder, LLMError when the model cannot be used.
         """
         gate = asyncio.Semaphore(concurrency)
-        clients = {id(view.llm): view.llm for _, view in items if view.llm is not None}
 
         async def work(item: tuple[Explanation, LatentView]) -> Scoring:
             explanation, view = item
@@ -153,12 +151,7 @@ class GenerationScorer(Scorer):
                 return Scoring(explanation=explanation, scores=(), judgements={})
             return await self._scoring(explanation, view, gate)
 
-        async def finish() -> None:
-            for client in clients.values():
-                await client.close()
-
-        for _, scoring in run_limited(items, work, concurrency, finish):
-            yield scoring
+        yield from run_closing(items, work, concurrency, (view.llm for _, view in items))
 
     async def _scoring(self, explanation: Explanation, view: LatentView, gate: asyncio.Semaphore) -> Scoring:
         subject, coder = view.require_subject()
@@ -281,7 +274,7 @@ def own_scores(view: LatentView, judged: Sequence[Judgement]) -> tuple[Score, ..
     return (
         _share(latent, HEADLINE, judged, fits=True),
         _share(latent, "specificity", judged, fits=False),
-        score_of(latent, NAME, "balanced_accuracy", _flagged(_both(judged), known), len(judged), known),
+        score_of(latent, NAME, "balanced_accuracy", _both(judged), len(judged), known),
         score_of(latent, NAME, "clarity", _flagged(_clarity(fitting, natural(view)), written), len(fitting), written),
     )
 
@@ -295,7 +288,8 @@ def _both(judged: Sequence[Judgement]) -> Interval:
     fired = np.array([j.truth for j in judged], bool)
     known = np.array([j.prediction is not None for j in judged], bool)
     worst, best = (metrics.balanced_accuracy(fits, np.where(known, fired, fits == right)) for right in (False, True))
-    return replace(metrics.balanced_accuracy(fits[known], fired[known]), floor=worst.low, ceiling=best.high)
+    found = replace(metrics.balanced_accuracy(fits[known], fired[known]), floor=worst.low, ceiling=best.high)
+    return rests_on(found, fits[known], np.flatnonzero(known)) if known.any() else found
 
 
 def _clarity(fitting: Sequence[Judgement], beside: Array) -> Interval:
@@ -339,7 +333,7 @@ def natural(view: LatentView) -> Array:
         which = windows.fires == fires
         if which.any():
             weight[which] *= total / weight[which].sum()
-    strongest: Array = windows.activations.max(axis=1, initial=0.0).astype(np.float64)
+    strongest = windows.strongest
     if not weight.sum() > 0:
         return strongest[:0]
     order = np.argsort(-strongest, kind="stable")

@@ -12,11 +12,11 @@ import numpy as np
 
 from exegete.errors import ConfigError
 from exegete.explainers.default import parse_explanation
-from exegete.llm.client import run_limited
+from exegete.llm.client import run_closing
 from exegete.llm.protocol import PROMPTS, effect_messages, with_gains
 from exegete.prompts import prompt_hash
 from exegete.scorers import intervention_reading as reading
-from exegete.scorers.controls import OTHER_LATENT, named_controls, panel, with_text
+from exegete.scorers.controls import OTHER_LATENT, named_controls, needs_of, panel, with_text
 from exegete.scorers.intervention_measuring import (
     Case,
     Sampled,
@@ -171,11 +171,9 @@ class InterventionScorer(Scorer):
     @property
     def needs(self) -> frozenset[Need]:
         """All firings, the subject and the coder; a reader, donors and a language model as its arguments say."""
-        needed: set[Need] = {"examples", "data", "subject", "coder"}
+        needed: set[Need] = {"examples", "data", "subject", "coder", *needs_of(self._controls)}
         if self._kind == "reader":
             needed.add("reader")
-        if OTHER_LATENT in self._controls:
-            needed.add("donors")
         if self._says or self._faithful:
             needed.add("llm")
         return frozenset(needed)
@@ -214,17 +212,12 @@ class InterventionScorer(Scorer):
         Raises InputError where the view lacks what is needed, LLMError when a language model cannot be used at all.
         """
         gate = asyncio.Semaphore(concurrency)
-        used = {id(part): part for _, view in items for part in (view.reader, view.llm) if part is not None}
 
         async def work(item: tuple[Explanation, LatentView]) -> Scoring:
             return await self._scoring(*item, gate)
 
-        async def finish() -> None:
-            for part in used.values():
-                await part.close()
-
-        for _, scoring in run_limited(items, work, concurrency, finish):
-            yield scoring
+        used = (part for _, view in items for part in (view.reader, view.llm))
+        yield from run_closing(items, work, concurrency, used)
 
     async def _scoring(self, explanation: Explanation, view: LatentView, gate: asyncio.Semaphore) -> Scoring:
         if explanation.status != "ok":

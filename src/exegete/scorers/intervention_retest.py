@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from exegete.errors import InputError
 from exegete.metrics import Interval
+from exegete.metrics.inputs import undefined
 from exegete.types import Array
 
 
@@ -43,7 +43,7 @@ def icc(values: Array, *, level: float = 0.95) -> Interval:
     within = float(((values - means[:, None]) ** 2).sum()) / max(1, n * (k - 1))
     between = k * float(((means - means.mean()) ** 2).sum()) / max(1, n - 1)
     if n < 2 or between + (k - 1) * within == 0:
-        return Interval(value=math.nan, low=math.nan, high=math.nan, method="ICC(1,1)", n=0)
+        return undefined("ICC(1,1)")
     if within == 0:
         return Interval(value=1.0, low=1.0, high=1.0, method="ICC(1,1)", n=n)
     ratio, tail = between / within, 0.5 + level / 2.0

@@ -10,8 +10,8 @@ from typing import Final, final
 import numpy as np
 
 from exegete.metrics import Interval
-from exegete.metrics.clustered import FIRING, Documents, t_of
-from exegete.metrics.failures import marked
+from exegete.metrics.clustered import Mean
+from exegete.metrics.inputs import undefined
 from exegete.scorers.controls import LIFT, of_donors, score_of
 from exegete.scorers.intervention_prompts import Prompt
 from exegete.types import Array, Judgement, LatentId, Score
@@ -81,8 +81,7 @@ class Measured:
     ) -> Score:
         n = len(self.prompts)
         if found is None or isinstance(found, str):
-            nothing = Interval(value=math.nan, low=math.nan, high=math.nan, method=found or "not measured", n=0)
-            return score_of(latent, scorer, metric, nothing, n, 0, control)
+            return score_of(latent, scorer, metric, undefined(found or "not measured"), n, 0, control)
         low, high = self.bounds
         bounds = (low - high, high - low) if paired else (low, high)
         interval = mean_by_document(found, np.array([p.document for p in self.prompts]), bounds)
@@ -125,16 +124,11 @@ def mean_by_document(values: Array, documents: Array, bounds: tuple[float, float
 
 
 def _mean(values: Array, documents: Array, bounds: tuple[float, float], level: float) -> Interval:
-    n = len(values)
-    if not n:
-        return Interval(value=math.nan, low=math.nan, high=math.nan, method=METHOD, n=0)
-    within = Documents.of(np.ones(n, bool), documents)
-    value, (low, high) = float(values.mean()), bounds
-    if within.n > 1:
-        error = math.sqrt(float((within.shares(values)[:, FIRING] ** 2).sum()))
-        half = t_of(level, within.freedom(np.array([0.0, 1.0]))) * error
-        low, high = max(low, value - half), min(high, value + half)
-    return marked(Interval(value=value, low=min(low, value), high=max(high, value), method=METHOD, n=n), within.n)
+    found = Mean.of(values, documents, level=level)
+    if found is None:
+        return undefined(METHOD)
+    low, high = bounds
+    return found.interval(max(low, found.value - found.half), min(high, found.value + found.half), METHOD)
 
 
 def _judgement(prompt: Prompt, value: float) -> Judgement:

@@ -7,6 +7,7 @@ see. It is stored with the explanation that it was asked for beside.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from exegete import metrics
 from exegete.errors import ConfigError
 from exegete.examples.render import marked_texts, plain_texts
 from exegete.examples.similar import DEFAULT_MODEL
-from exegete.llm.client import gather_all, run_limited
+from exegete.llm.client import gather_all, run_closing
 from exegete.llm.protocol import PROMPTS, intruder_messages, intruder_schema
 from exegete.metrics import Interval, failures
 from exegete.prompts import prompt_hash
@@ -69,7 +70,8 @@ class IntruderScorer(Scorer):
     ``embedding``, which names the window that is least like the others, by the mean cosine of ``embedder``'s vectors of
     their plain text; ``auto`` is the language model where there is one.
 
-    Scores: ``accuracy``, with ``chance`` (1 / n) as its control, and the lift over that.
+    Scores: ``accuracy``, with ``chance`` (1 / n) as its control, and the lift over that; all three are NaN for a latent
+    that has too few windows for a trial.
     """
 
     def __init__(
@@ -135,9 +137,9 @@ class IntruderScorer(Scorer):
         return view.llm is not None and self._judge != "embedding"
 
     def plumbing(self, view: LatentView) -> bool:
-        """Whether a simulated judge named the intruders, or vectors of no natural language did."""
+        """Whether a judge that is simulated or knows no language named the intruders, or such vectors did."""
         if self.asks(view):
-            return view.llm is not None and view.llm.simulated
+            return view.llm is not None and not view.llm.natural
         return not self._embedder.natural
 
     def score(self, items: Sequence[tuple[Explanation, LatentView]], *, concurrency: int = 16) -> Iterator[Scoring]:
@@ -146,7 +148,6 @@ class IntruderScorer(Scorer):
         Raises LLMError when the language model cannot be used at all, MissingExtraError when nothing can embed text.
         """
         gate = asyncio.Semaphore(concurrency)
-        clients = {id(view.llm): view.llm for _, view in items if view.llm is not None}
 
         async def work(item: tuple[Explanation, LatentView]) -> Scoring:
             explanation, view = item
@@ -160,12 +161,7 @@ class IntruderScorer(Scorer):
             scores = trial_scores(self.label, view.latent, judgements, self._n, documents)
             return Scoring(explanation=explanation, scores=scores, judgements={"none": judgements})
 
-        async def finish() -> None:
-            for client in clients.values():
-                await client.close()
-
-        for _, scoring in run_limited(items, work, concurrency, finish):
-            yield scoring
+        yield from run_closing(items, work, concurrency, (view.llm for _, view in items))
 
     async def _answers(
         self, view: LatentView, windows: Windows, trials: Sequence[Trial], gate: asyncio.Semaphore
@@ -239,7 +235,8 @@ def trial_scores(
         ceiling=metrics.wilson(right + total - answered, total).high,
     )
     found = failures.marked(found, n_documents) if n_documents else found
-    chance = Interval(value=1 / n, low=1 / n, high=1 / n, method="exact", n=total)
+    by_chance = 1 / n if total else math.nan  # of no trials
+    chance = Interval(value=by_chance, low=by_chance, high=by_chance, method="exact", n=total)
     above = replace(
         found,
         value=found.value - 1 / n,

@@ -18,7 +18,7 @@ from exegete.errors import ConfigError, InputError
 from exegete.examples.render import marked_texts, plain_texts
 from exegete.llm.client import LLMClient, gather_all
 from exegete.llm.protocol import Kind, judge_messages_of, verdicts_schema, write_excerpts
-from exegete.rules.execute import execute
+from exegete.rules.execute import execute, fitting, read_alone
 from exegete.rules.language import Rule
 from exegete.scorers.verdicts import Leaning, parse_verdicts, read_leanings
 from exegete.tokens import TokenTable
@@ -257,8 +257,11 @@ def _status(reply: LLMReply, found: Sequence[bool] | None) -> JudgementStatus:
 class RuleJudge(Judge):
     """The executed rule, run on each window alone: detection asks for a match anywhere, fuzzing at every mark.
 
-    A rule states where a latent fires at all. The marks of fuzzing stand where it fires strongly (above a share of the
-    window's maximum), so they are among the rule's targets: a rule that is right everywhere matches every mark.
+    A rule states where a latent fires at all; the marks of fuzzing stand where it fires strongly (above a share of the
+    window's maximum), and so are among the rule's targets. A mark that the rule does not match speaks against it, a
+    match that is not marked says nothing: it may be a weak firing. So a rule that is right everywhere takes true marks
+    and refuses wrong ones; one that knows the weak firings alone refuses both, and one that knows the strong alone is
+    right.
     """
 
     def __init__(self, kind: Kind, table: TokenTable) -> None:
@@ -279,11 +282,12 @@ class RuleJudge(Judge):
         rules = [Rule.from_json(e.program) for e in explanations]
         fits = np.zeros((len(rules), len(items)), dtype=bool)
         for at, group in _columns(items):
-            shown = ~self._table.is_special[group.tokens]  # nothing fires at special tokens, and no reader sees them
-            matches = execute(rules, group.tokens, self._table, shown) > 0
             if self._kind == "detection":
-                fits[:, at] = matches.any(axis=2)
+                context = read_alone(group.tokens, self._table)
+                fits[:, at] = [fitting(rule, context) for rule in rules]
             else:
+                shown = ~self._table.is_special[group.tokens]  # no reader sees special tokens
+                matches = execute(rules, group.tokens, self._table, shown) > 0
                 marks = _marks(group) & shown
                 fits[:, at] = (matches | ~marks).all(axis=2) & marks.any(axis=1)
         yes, no = Verdict(prediction=True), Verdict(prediction=False)

@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from exegete.llm.client import gather_all, run_limited
+from exegete.llm.client import gather_all, run_closing
 from exegete.llm.protocol import PROMPTS, Kind
 from exegete.metrics import FrameCounts
 from exegete.prompts import prompt_hash
 from exegete.scorers.asked import Asked, Question
-from exegete.scorers.controls import by_control, named_controls, panel
+from exegete.scorers.controls import by_control, named_controls, needs_of, panel
 from exegete.scorers.judge import MAX_TOKENS, Judge, JudgeChoice, JudgeOptions, Verdict, judge_request, write_batches
 from exegete.scorers.scorer import Scorer, Scoring
 from exegete.scorers.sequential import MARGIN, Outcome, Rounds, Stopping, Tested
@@ -106,9 +106,9 @@ class JudgedScorer(Scorer, ABC):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Examples and donors, a language model when only that may judge, and its log probabilities for P(yes)."""
-        needed: set[Need] = {"examples", "donors"}
-        return frozenset(needed | self._options.needs)
+        """Examples; donors for their null; a language model when only that may judge, log probabilities for P(yes)."""
+        needed: set[Need] = {"examples"}
+        return frozenset(needed | needs_of(self._controls) | self._options.needs)
 
     def asked(self, view: LatentView) -> Asked:
         """Return what the judge is asked of a latent, in the order in which it is asked."""
@@ -144,7 +144,6 @@ class JudgedScorer(Scorer, ABC):
         the language model cannot be used at all.
         """
         gate = asyncio.Semaphore(concurrency)
-        clients = {id(view.llm): view.llm for _, view in items if view.llm is not None}
 
         async def work(item: Item) -> Scoring:
             explanation, view = item
@@ -154,19 +153,15 @@ class JudgedScorer(Scorer, ABC):
             choose = self._options.choose
             return await self._in_rounds([(e, v, choose(self.kind, e, v, gate)) for e, v in block])
 
-        async def finish() -> None:
-            for client in clients.values():
-                await client.close()
-
         usable = [item for item in items if item[0].status == "ok"]
         for explanation, _ in items:
             if explanation.status != "ok":
                 yield Scoring(explanation=explanation, scores=(), judgements={})
+        used = [view.llm for _, view in items]
         if not self._stopping.active:
-            for _, scoring in run_limited(usable, work, concurrency, finish):
-                yield scoring
+            yield from run_closing(usable, work, concurrency, used)
         elif usable:
-            for _, scorings in run_limited([usable], in_rounds, 1, finish):
+            for scorings in run_closing([usable], in_rounds, 1, used):
                 yield from scorings
 
     def executes(self, view: LatentView) -> bool:

@@ -74,8 +74,11 @@ class Scorer(ABC):
         return None
 
     def plumbing(self, view: LatentView) -> bool:
-        """Whether what it finds only checks that the pipeline works: a simulated judge, or a reader of no language."""
-        judged = view.llm is not None and view.llm.simulated and self.asks(view)
+        """Whether what it finds only checks that the pipeline works: a simulated judge, or one that knows no language.
+
+        So it is of a reader too. It is asked of every view, so it takes no time.
+        """
+        judged = view.llm is not None and not view.llm.natural and self.asks(view)
         return judged or ("reader" in self.needs and view.reader is not None and not view.reader.natural)
 
     @abstractmethod

@@ -349,10 +349,12 @@ _CLASSES: Final[Mapping[str, tuple[bool, ...]]] = {"sensitivity": (True,), "spec
 
 
 def _rests_on(course: _Course, name: str, figure: Interval) -> Interval:
-    """Return a figure with the number of documents it rests on, and marked where they are few."""
+    """Return a figure with the number of documents it rests on, and marked where those of a class are few."""
     if not figure.n:
         return figure
-    return marked(figure, course.documents(_CLASSES.get(name, (True, False))))
+    classes = _CLASSES.get(name, (True, False))
+    fewest = min(course.documents((firing,)) for firing in classes)
+    return marked(figure, course.documents(classes), fewest)
 
 
 def _certificate(test: RatioTest, decision: bool | None, ratio: float, *, n: int) -> dict[str, Interval]:

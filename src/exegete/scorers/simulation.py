@@ -16,22 +16,24 @@ import numpy as np
 from exegete.errors import ConfigError, InputError
 from exegete.files import hash_json
 from exegete.llm.backend import Capabilities
-from exegete.llm.client import LLMClient, gather_all, run_limited
+from exegete.llm.client import LLMClient, gather_all, run_closing
 from exegete.llm.protocol import PROMPTS
 from exegete.llm.protocol_simulation import Level
 from exegete.metrics import Interval, Observed
-from exegete.metrics.observed import FAILED
 from exegete.prompts import prompt_hash
+from exegete.scorers.asked import judgements_of
 from exegete.scorers.controls import (
     LIFT,
     OTHER_LATENT,
     by_control,
     control_score,
     named_controls,
+    needs_of,
     of_donors,
     panel,
     score_of,
 )
+from exegete.scorers.judge import Verdict
 from exegete.scorers.scorer import Scorer, Scoring
 from exegete.scorers.simulation_scores import (
     calibrate,
@@ -66,48 +68,31 @@ class Shown:
 
     def observed(self, answers: Sequence[Answer]) -> Observed:
         """Return answers as columns: ``score`` is what was predicted, NaN where nothing was."""
-        at, windows = self.tokens.window, self.windows
         expected = [answer.expected if isinstance(answer, Level) else np.nan for answer in answers]
-        return Observed(
-            truth=self.tokens.activation > 0,
-            prediction=np.full(len(at), FAILED, np.int8),
+        return Observed.of_windows(
+            self.windows,
             score=np.array(expected, np.float64),
-            stratum=windows.stratum[at],
-            document=windows.document[at],
-            probability=windows.probability[at],
-            multiplicity=windows.multiplicity[at],
+            truth=self.tokens.activation > 0,
             activation=self.tokens.activation,
+            place=self.tokens.window,
         )
 
     def judgements(self, answers: Sequence[Answer]) -> tuple[Judgement, ...]:
         """Return one judgement per token: ``start`` is its position in the row, ``value`` what was predicted."""
-        at, windows = self.tokens.window, self.windows
-        columns = (
-            windows.row[at],
-            windows.start[at] + self.tokens.column,
-            windows.document[at],
-            windows.stratum[at],
-            self.tokens.activation,
-            windows.probability[at],
-            windows.multiplicity[at],
+        return judgements_of(
+            self.windows,
+            [_said(answer) for answer in answers],
+            truth=self.tokens.activation > 0,
+            activation=self.tokens.activation,
+            place=self.tokens.window,
+            column=self.tokens.column,
         )
-        return tuple(
-            Judgement(
-                row=row,
-                start=start,
-                document=document,
-                stratum=STRATA[stratum],
-                truth=activation > 0,
-                value=answer.expected if isinstance(answer, Level) else None,
-                status="ok" if isinstance(answer, Level) else answer,
-                activation=activation,
-                inclusion_probability=inclusion,
-                multiplicity=multiplicity,
-            )
-            for row, start, document, stratum, activation, inclusion, multiplicity, answer in zip(
-                *(column.tolist() for column in columns), answers, strict=True
-            )
-        )
+
+
+def _said(answer: Answer) -> Verdict:
+    if isinstance(answer, Level):
+        return Verdict(prediction=None, value=answer.expected)
+    return Verdict(prediction=None, status=answer)
 
 
 @final
@@ -179,9 +164,7 @@ class SimulationScorer(Scorer):
     @property
     def needs(self) -> frozenset[Need]:
         """Examples; donors for their null; a language model, and what of it the form needs, where one must be asked."""
-        needed: set[Need] = {"examples"}
-        if OTHER_LATENT in self._controls:
-            needed.add("donors")
+        needed: set[Need] = {"examples", *needs_of(self._controls, self._donors)}
         if self._judge == "llm":
             needed.add("llm")
         if self._how == "all_at_once":
@@ -202,7 +185,6 @@ class SimulationScorer(Scorer):
         Raises InputError when a free text is to be executed, LLMError when the model cannot be used at all.
         """
         gate = asyncio.Semaphore(concurrency)
-        clients = {id(view.llm): view.llm for _, view in items if view.llm is not None}
         seen: dict[int, asyncio.Future[Capabilities]] = {}
 
         async def can(llm: LLMClient) -> Capabilities:
@@ -220,12 +202,7 @@ class SimulationScorer(Scorer):
             model = LLMSimulator(llm, self._how, await can(llm), gate=gate, max_tokens=self._max_tokens)
             return await self._scoring(explanation, view, model)
 
-        async def finish() -> None:
-            for client in clients.values():
-                await client.close()
-
-        for _, scoring in run_limited(items, work, concurrency, finish):
-            yield scoring
+        yield from run_closing(items, work, concurrency, (view.llm for _, view in items))
 
     def _executed(self, explanation: Explanation, view: LatentView) -> Simulator:
         if self._judge == "llm":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, Literal, final
@@ -198,6 +198,17 @@ def results_of(scoring: Scoring, view: LatentView) -> SimulationResults:
         sequences.append(ScoredSequence.of(simulation, [j.activation for j in judged]))
     explained = ScoredExplanation.of(str(scoring.explanation.text), sequences)
     return SimulationResults(layer=view.latent.coder, neuron=view.latent.index, explanations=(explained,))
+
+
+def rescored(results: SimulationResults) -> SimulationResults:
+    """Return simulation results with all scores computed anew from their predictions and activations."""
+    explanations = tuple(
+        ScoredExplanation.of(
+            explained.explanation, [ScoredSequence.of(one.simulation, one.activations) for one in explained.sequences]
+        )
+        for explained in results.explanations
+    )
+    return replace(results, explanations=explanations)
 
 
 def load_results(path: Path) -> SimulationResults:

@@ -23,8 +23,8 @@ import numpy as np
 from exegete import metrics
 from exegete.metrics import Interval, Observed
 from exegete.metrics.correlations import widened
-from exegete.metrics.failures import marked
-from exegete.metrics.inputs import clamped
+from exegete.metrics.failures import rests_on
+from exegete.metrics.inputs import clamped, undefined
 from exegete.types import Array
 
 CONSTANT: Final = "constant prediction"
@@ -54,7 +54,7 @@ def population_correlation(observed: Observed) -> Interval:
 
 def _population(known: Observed) -> Interval:
     if not len(known) or not np.ptp(known.activation):
-        return _undefined(_FISHER)
+        return undefined(_FISHER)
     if not np.ptp(known.score):
         return _nothing(known)
     sums = _sums(known.score, known.activation, known.weight, known.document)
@@ -64,7 +64,7 @@ def _population(known: Observed) -> Interval:
     else:
         half = _half(np.arctanh(left))
         bounds = math.tanh(math.atanh(float(whole)) - half), math.tanh(math.atanh(float(whole)) + half)
-    found = _interval(float(whole), *bounds, len(known), len(left), limits=(-1.0, 1.0))
+    found = _interval(float(whole), *bounds, known, limits=(-1.0, 1.0))
     return replace(found, method=_FISHER)
 
 
@@ -80,7 +80,7 @@ def correlation_lift(own: Observed, others: Sequence[Observed]) -> Interval:
     both: Array = ~np.isnan(np.stack([observed.score for observed in panel])).any(axis=0)
     kept = [observed.take(both) for observed in panel]
     if not others or not both.any() or not np.ptp(kept[0].activation):
-        return _undefined(_JACKKNIFE)
+        return undefined(_JACKKNIFE)
     wholes, lefts = [], []
     for observed in kept:
         sums = _sums(observed.score, observed.activation, np.ones(len(observed)), observed.document)
@@ -90,7 +90,7 @@ def correlation_lift(own: Observed, others: Sequence[Observed]) -> Interval:
     value = wholes[0] - float(np.mean(wholes[1:]))
     left = lefts[0] - np.mean(lefts[1:], axis=0)
     half = _half(left) if len(left) > 1 else math.inf
-    found = _interval(value, value - half, value + half, int(both.sum()), len(left), limits=(-2.0, 2.0))
+    found = _interval(value, value - half, value + half, kept[0], limits=(-2.0, 2.0))
     if both.all():
         return found
     ours, theirs = correlation(own), [correlation(other) for other in others]
@@ -118,7 +118,7 @@ def _both_explained(known: Observed) -> dict[str, Interval]:
         "rsquared": (error * error, known.activation * known.activation),
         "absolute_dev_explained": (np.abs(error), np.abs(known.activation)),
     }
-    return {name: _explained(wrong, whole, known.document) for name, (wrong, whole) in shares.items()}
+    return {name: _explained(wrong, whole, known) for name, (wrong, whole) in shares.items()}
 
 
 def calibrate(predicted: Array, activation: Array) -> tuple[float, float]:
@@ -135,18 +135,18 @@ def calibrate(predicted: Array, activation: Array) -> tuple[float, float]:
     return float(activation.mean() - slope * predicted.mean()), slope
 
 
-def _explained(wrong: Array, whole: Array, document: Array) -> Interval:
+def _explained(wrong: Array, whole: Array, known: Observed) -> Interval:
     total = float(whole.sum())
     if not total > 0:
-        return _undefined(_JACKKNIFE)
-    _, place = np.unique(document, return_inverse=True)
+        return undefined(_JACKKNIFE)
+    _, place = np.unique(known.document, return_inverse=True)
     n = int(place.max()) + 1
     sums = [np.bincount(place, weights=w, minlength=n) for w in (wrong, whole)]
     with np.errstate(divide="ignore", invalid="ignore"):
         left = 1.0 - (sums[0].sum() - sums[0]) / (sums[1].sum() - sums[1])
     value = 1.0 - float(wrong.sum()) / total
     half = _half(left) if n > 1 and np.isfinite(left).all() else math.inf
-    return _interval(value, value - half, value + half, len(wrong), n, limits=(-math.inf, 1.0))
+    return _interval(value, value - half, value + half, known, limits=(-math.inf, 1.0))
 
 
 def _known(observed: Observed) -> Observed:
@@ -182,12 +182,10 @@ def _half(left: Array) -> float:
 def _nothing(known: Observed) -> Interval:
     n = len(np.unique(known.document))
     half = math.tanh(1.959964 / math.sqrt(n - 3)) if n > 3 else 1.0
-    return replace(_interval(0.0, -half, half, len(known), n, limits=(-1.0, 1.0)), method=CONSTANT)
+    return replace(_interval(0.0, -half, half, known, limits=(-1.0, 1.0)), method=CONSTANT)
 
 
-def _interval(value: float, low: float, high: float, n: int, n_documents: int, limits: tuple[float, float]) -> Interval:
-    return marked(clamped(value, low, high, _JACKKNIFE, n, lowest=limits[0], highest=limits[1]), n_documents)
-
-
-def _undefined(method: str) -> Interval:
-    return Interval(value=math.nan, low=math.nan, high=math.nan, method=method, n=0)
+def _interval(value: float, low: float, high: float, known: Observed, *, limits: tuple[float, float]) -> Interval:
+    """Return an interval over tokens, marked with the documents of those where the latent fires, and of the others."""
+    found = clamped(value, low, high, _JACKKNIFE, len(known), lowest=limits[0], highest=limits[1])
+    return rests_on(found, known.truth, known.document)

@@ -16,11 +16,11 @@ import numpy as np
 
 from exegete.errors import ConfigError
 from exegete.examples.render import plain_texts
-from exegete.llm.client import run_limited
+from exegete.llm.client import run_closing
 from exegete.llm.reader import Reader
 from exegete.llm.reading_server import reading_request
 from exegete.prompts import prompt_hash, turns
-from exegete.scorers.controls import OTHER_LATENT, by_control, named_controls, panel
+from exegete.scorers.controls import OTHER_LATENT, by_control, named_controls, needs_of, panel
 from exegete.scorers.scorer import Scorer, Scoring
 from exegete.scorers.valued import value_judgements, value_scores
 from exegete.types import Array, Explanation, LatentId, LLMRequest, Windows
@@ -109,8 +109,9 @@ class SurprisalScorer(Scorer):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Examples, donors, and what reads log probabilities."""
-        return frozenset({"examples", "donors", "reader"})
+        """Examples, what reads log probabilities, and donors for their null."""
+        needed: set[Need] = {"examples", "reader"}
+        return frozenset(needed | needs_of(self._controls, self._donors))
 
     def judged_by(self, llm: LLMClient | None) -> str:
         """The reader."""
@@ -127,13 +128,8 @@ class SurprisalScorer(Scorer):
                 yield Scoring(explanation=explanation, scores=(), judgements={})
             else:
                 latents.setdefault((view.latent, id(view.examples)), []).append((explanation, view))
-        readers = {id(view.require_reader()): view.require_reader() for _, view in items}
-
-        async def finish() -> None:
-            for reader in readers.values():
-                await reader.close()
-
-        for _, scorings in run_limited(list(latents.values()), self._latent, concurrency, finish):
+        readers = [view.require_reader() for _, view in items]
+        for scorings in run_closing(list(latents.values()), self._latent, concurrency, readers):
             yield from scorings
 
     def pairs(self, texts: Sequence[str], view: LatentView, *, shown: bool = True) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -9,8 +10,9 @@ import numpy as np
 
 from exegete import metrics
 from exegete.metrics import FrameCounts, Observed
-from exegete.metrics.observed import FAILED
+from exegete.scorers.asked import judgements_of
 from exegete.scorers.controls import control_score, lift_score, score_of
+from exegete.scorers.judge import Verdict
 from exegete.types import STRATA, Array, Judgement, LatentId, Score, Windows
 from exegete.views import LatentView
 
@@ -19,41 +21,12 @@ HEADLINE: Final = "auroc"
 
 def observed_values(windows: Windows, values: Array) -> Observed:
     """Return windows with a number each, float64 [n], as columns; NaN stands for a missing one."""
-    return Observed(
-        truth=windows.fires,
-        prediction=np.full(len(windows), FAILED, np.int8),
-        score=values.astype(np.float64),
-        stratum=windows.stratum,
-        document=windows.document,
-        probability=windows.probability,
-        multiplicity=windows.multiplicity,
-        activation=_strongest(windows),
-    )
+    return Observed.of_windows(windows, score=values)
 
 
 def value_judgements(windows: Windows, values: Array) -> tuple[Judgement, ...]:
     """Return one judgement per window with its number; one without has failed."""
-    columns = (
-        windows.row, windows.start, windows.document, windows.stratum, windows.fires, _strongest(windows),
-        windows.probability, windows.multiplicity,
-    )  # fmt: skip
-    return tuple(
-        Judgement(
-            row=row,
-            start=start,
-            document=document,
-            stratum=STRATA[stratum],
-            truth=truth,
-            value=None if value != value else value,
-            status="failed" if value != value else "ok",
-            activation=activation,
-            inclusion_probability=inclusion,
-            multiplicity=multiplicity,
-        )
-        for row, start, document, stratum, truth, activation, inclusion, multiplicity, value in zip(
-            *(c.tolist() for c in columns), values.tolist(), strict=True
-        )
-    )
+    return judgements_of(windows, [_said(value) for value in values.tolist()])
 
 
 def value_scores(
@@ -76,9 +49,10 @@ def value_scores(
     return tuple(scores)
 
 
-def _strongest(windows: Windows) -> Array:
-    strongest: Array = windows.activations.max(axis=1, initial=0.0).astype(np.float64)
-    return strongest
+def _said(value: float) -> Verdict:
+    if math.isnan(value):
+        return Verdict(prediction=None, status="failed")
+    return Verdict(prediction=None, value=value)
 
 
 def _counts(observed: Observed) -> tuple[int, int]:

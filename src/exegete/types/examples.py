@@ -145,6 +145,12 @@ class Windows(Sequence[Example]):
         )  # fmt: skip
 
     @property
+    def strongest(self) -> Array:
+        """The strongest activation in each, float64 [n]."""
+        strongest: Array = self.activations.max(axis=1, initial=0.0).astype(np.float64)
+        return strongest
+
+    @property
     def weight(self) -> Array:
         """How many windows of its split's frame each stands for, the draw included, float64 [n]."""
         return np.divide(self.multiplicity, self.probability)
@@ -158,7 +164,8 @@ class ExampleSet:
     ``examples`` given one by one become Windows. ``maximum`` is the latent's largest activation over the train split
     (strengths 0–10 are relative to it); ``firing_rate`` the share of test-frame windows that fire; ``frame`` the number
     of test-frame windows; ``strata`` the sizes of the silent strata in it (of near-duplicates one counts), and last
-    ``("unused", n)`` where n are of none. ``table``, where given, says what tokens stand for, to explain from the set.
+    ``("unused", n)`` where n are of none. ``keep_bos`` says whether its windows may begin with special tokens.
+    ``table``, where given, says what tokens stand for, to explain from the set.
     """
 
     latent: LatentId
@@ -168,6 +175,7 @@ class ExampleSet:
     frame: int
     seed: int
     strata: tuple[tuple[str, int], ...] = ()
+    keep_bos: bool = False
     table: TokenTable | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -73,9 +73,10 @@ class Judgement:
 
 
 FLAGS: tuple[str, ...] = ("few_documents", "few_donors", "not_identified", "plumbing")
-"""What a score may be marked with: it rests on fewer than 20 documents; too few donors for an interval; the judgements
-do not pin it down (``low`` is still a bound); it comes from a simulated judge or a reader that was not trained on
-natural language, and is a check that the pipeline works, no measurement."""
+"""What a score may be marked with: its firing windows, or its silent ones, are of fewer than 20 documents (only a
+class that the metric is of counts); too few donors for an interval; the judgements do not pin it down (``low`` is still
+a bound); it comes from a simulated judge or a reader that was not trained on natural language, and is a check that the
+pipeline works, no measurement."""
 
 
 @final
