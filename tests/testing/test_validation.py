@@ -10,7 +10,7 @@ from exegete.llm.scripted import Evidence
 from exegete.metrics import wilson
 from exegete.testing import Validation, World, validate, validation_lines, validation_page
 from exegete.testing.faults import FAULTS
-from exegete.testing.figures import bias_of, coverage_of, ordering_of, passes, sanity_of
+from exegete.testing.figures import Share, bias_of, coverage_of, needed, ordering_of, passes, sanity_of
 from exegete.testing.gaps import Gaps
 from exegete.testing.latents import RUNGS
 from exegete.testing.settings import Round
@@ -22,8 +22,8 @@ SCORERS = [
 ]  # fmt: skip
 NAMES = [
     "detection", "detection P(yes)", "embedding", "example_embedding", "simulation all at once",
-    "simulation whole window", "intruder", "intruder_internal", "intruder_decile", "intervention_tokens", "generation",
-    "discrimination",
+    "simulation whole window", "intruder", "intruder_internal", "intruder_decile", "intervention_tokens",
+    "intervention", "generation", "discrimination",
 ]  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def test_every_scorer_is_examined(validation: Validation) -> None:
     for one in validation.examined:
         assert [trials.n for trials in one.trials] == [12, 25, 50]
         assert one.full.value.shape == one.full.expected.shape
-        assert not (one.explained and np.isnan(one.full.expected).any())
+        assert not (one.explained and np.isnan(one.full.expected[:, : len(RUNGS)]).any())
 
 
 def test_scores_are_what_they_must_be(validation: Validation) -> None:
@@ -84,7 +84,15 @@ def test_the_page_holds_every_table_and_instrument(validation: Validation) -> No
     for name in NAMES:
         assert f"| {name} |" in page
         assert any(line.startswith(name) for line in lines)
-    for title in ("Bias and coverage", "Order of the ladder", "Power", "Sanity checks", "Hard negatives", "Faults"):
+    titles = (
+        "Bias and coverage",
+        "Order of the ladder",
+        "Power",
+        "Sanity checks",
+        "Hard negatives",
+        "Every pair of rungs",
+    )
+    for title in (*titles, "Faults"):
         assert f"## {title}" in page
     assert "token set, n-gram" in page
     assert all(name in page for name in FAULTS)
@@ -140,8 +148,10 @@ def test_order_by_hand() -> None:
     found = ordering_of(one, one.full)
     assert found.right.n == 16  # exact and broad against four others, in two latents
     assert found.right.value == pytest.approx((8 + 6.5) / 16)  # a tie with exact, and broad below narrow
-    assert found.lowest[:2] == ("broad", "narrow")
-    assert found.lowest[2].value == 0.5
+    pairs = {(first, second): (share.value, predicted) for first, second, share, predicted in found.pairs}
+    assert len(pairs) == 8
+    assert pairs["broad", "narrow"] == pytest.approx((0.5, 0.7))
+    assert pairs["exact", "narrow"] == pytest.approx((0.75, 0.7))
     assert (found.near.n, found.near.value, found.near_predicted) == pytest.approx((2, 0.5, 0.7))
     assert found.deviation == pytest.approx((-0.7 + 0.3) / np.hypot(0.7, 0.3))
 
@@ -157,6 +167,28 @@ def test_sanity_by_hand() -> None:
     assert (found["missing"].share.value, found["extra"].share.value) == (1.0, 0.5)
     assert (found["missing"].mean, found["extra"].mean) == pytest.approx((0.15, 0.05))
     assert not passes(found)
+
+
+def test_the_number_of_windows_that_a_check_needs() -> None:
+    plain = trials([[0.9] * 6] * 2, [[0.9] * 6] * 2)
+    power = np.full((2, 8, 8), 0.5)
+    power[:, 0, 6], power[:, 0, 7] = 0.8, 0.5
+    damaged = replace(plain, rungs=(*RUNGS, "missing", "extra"), expected=np.full((2, 8), 0.9), power=power)
+    # Φ⁻¹(0.8) = 0.84 has to become Φ⁻¹(0.9) = 1.28: (1.28 / 0.84)² as many
+    assert needed(damaged, "missing") == pytest.approx(100 * (1.28155 / 0.84162) ** 2, rel=0.03)
+    assert needed(damaged, "extra") == np.inf
+
+
+def test_a_goal_within_the_interval_is_open() -> None:
+    assert (wilson(72, 72).low, wilson(73, 73).low) == pytest.approx((0.9494, 0.95), abs=1e-4)
+    assert [Share.of(n, n).verdict(0.95) for n in (13, 72, 74)] == ["open", "open", "met"]
+    assert Share.of(80, 100).verdict(0.95) == "not met"
+
+
+def test_intervals_without_width_are_not_counted() -> None:
+    found = trials([[0.9] * 6], [[0.9] * 6])
+    low = found.value - np.array([0.1, 0.1, 0, 0, 0, 0])
+    assert coverage_of(replace(found, low=low, high=found.value)).n == 2
 
 
 def test_gaps_count_latents_that_have_such_windows() -> None:

@@ -10,20 +10,16 @@ from __future__ import annotations
 import math
 import tempfile
 from abc import ABC
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 
-from exegete.llm.scripted import Evidence, SimulatedJudge
-from exegete.scorers.generation import GenerationScorer
-from exegete.scorers.intervention import InterventionScorer
+from exegete.llm.scripted import Evidence
 from exegete.scorers.intervention_measuring import token_set
-from exegete.scorers.intervention_prompts import draw_prompts
-from exegete.testing.instruments import Instrument, Known, Scores, scored
-from exegete.testing.settings import Round, Setting
+from exegete.testing.instruments import Instrument
 from exegete.testing.worlds import World
 from exegete.types import Array
 
@@ -32,17 +28,11 @@ if TYPE_CHECKING:
     from exegete.subjects import Subject
 
 HOOKPOINT: Final = "layers.0"
-TARGET: Final = 1.0
-PROMPTS: Final = 30
-TEXTS: Final = 30
-"""Texts that the judge writes to fit an explanation, and as many not to."""
 THRESHOLD: Final = 0.6
 """What a latent has to read of a token to fire on it; the tokens of its program give about 1, others about 0."""
 _D: Final = 256
 _SHARP: Final = 3.0  # length of the rows that logits are read with
-_STRENGTHS: Final = np.linspace(0.0, 2.0, 401)
 _EPSILON: Final = 1e-6
-_ALL: Final = 1 << 30
 
 
 @final
@@ -62,12 +52,21 @@ class Acting:
 
     def next_tokens(self, last: Array, latent: int, strength: float) -> Array:
         """Return the probabilities after each of these last tokens [n, ids], the latent written so strongly."""
-        x = self.embedding[last] + strength * self.directions[latent]
-        x = x / np.sqrt((x * x).mean(axis=1, keepdims=True) + _EPSILON)
-        logits = x @ self.readout.T
-        masses = np.exp(logits - logits.max(axis=1, keepdims=True))
-        found: Array = masses / masses.sum(axis=1, keepdims=True)
-        return found
+        return _softmax(self.embedding[last] + strength * self.directions[latent], self.readout)
+
+    def transitions(self, latent: int, strength: float) -> Array:
+        """Return the same after every token [ids, ids], in single precision."""
+        x = self.embedding + strength * self.directions[latent]
+        return _softmax(x.astype(np.float32), self.readout.astype(np.float32))
+
+
+def _softmax(x: Array, readout: Array) -> Array:
+    """Return the probabilities that are read out of residuals [n, d], normed as the subject does."""
+    x = x / np.sqrt((x * x).mean(axis=1, keepdims=True) + x.dtype.type(_EPSILON))
+    logits = x @ readout.T
+    masses = np.exp(logits - logits.max(axis=1, keepdims=True))
+    found: Array = masses / masses.sum(axis=1, keepdims=True)
+    return found
 
 
 def make_acting(world: World, *, seed: int = 0) -> Acting:
@@ -145,136 +144,35 @@ def _write(folder: Path, tokenizer: Path, embedding: Array, readout: Array) -> N
     kept.save_pretrained(folder)
 
 
-class OnSubject(Instrument, ABC):
-    """An instrument that runs the acting subject, made once for a world."""
+@final
+class Stage:
+    """The subject that instruments act on, made once for a world, and what they compute of it."""
 
-    def __init__(self, evidence: Evidence) -> None:
-        super().__init__(evidence)
+    def __init__(self) -> None:
         self._made: tuple[World, Acting] | None = None
+        self._kept: dict[tuple[object, ...], Any] = {}
 
-    @property
-    def every(self) -> int:
-        """One latent of four, since passes of a subject take long."""
-        return 4
+    def acting(self, world: World) -> Acting:
+        """Return the subject of a world; what was kept of another is forgotten."""
+        if self._made is None or self._made[0] is not world:
+            self._made = world, make_acting(world)
+            self._kept.clear()
+        return self._made[1]
+
+    def kept(self, name: tuple[object, ...], make: Callable[[], Any]) -> Any:
+        """Return what was made under this name of the world's subject, else make it."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+
+class OnSubject(Instrument, ABC):
+    """An instrument that runs the acting subject."""
+
+    def __init__(self, evidence: Evidence, stage: Stage) -> None:
+        super().__init__(evidence)
+        self.stage = stage
 
     def acting(self, world: World) -> Acting:
         """Return the subject of a world."""
-        if self._made is None or self._made[0] is not world:
-            self._made = world, make_acting(world)
-        return self._made[1]
-
-
-@final
-class Intervening(OnSubject):
-    """Intervention without a language model: the probability that an explanation's tokens gain at a KL of 1."""
-
-    def __init__(self, evidence: Evidence) -> None:
-        super().__init__(evidence)
-        self._scorer = InterventionScorer(
-            kind="tokens", targets=[TARGET], headline=TARGET, n_score=PROMPTS, controls="none"
-        )
-
-    @property
-    def name(self) -> str:
-        """The scorer's label."""
-        return self._scorer.label
-
-    @property
-    def headline(self) -> str:
-        """The probability gained at the one target."""
-        return f"mass_kl_{TARGET:g}"
-
-    @property
-    def damaged(self) -> bool:
-        """What is damaged is no rule, and names no tokens."""
-        return False
-
-    def known(self, setting: Setting, rungs: Sequence[str], draws: int, rng: np.random.Generator) -> Known:
-        """Return the gain over all prompts that could be drawn, at the strength that has the target there."""
-        acting = self.acting(setting.round.world)
-        view = replace(setting.view(), subject=acting.subject, coder=acting.coder)
-        bos = acting.subject.bos
-        every = draw_prompts(view, "test", _ALL, context=64, bos=bos)
-        last, counts = np.unique([prompt.tokens[-1] for prompt in every], return_counts=True)
-        sets = [list(token_set(setting.explanation(rung))) for rung in rungs]
-        clean = acting.next_tokens(last, setting.latent, 0.0)
-        divergence, gained = [], []
-        for strength in _STRENGTHS.tolist():
-            edited = acting.next_tokens(last, setting.latent, strength)
-            divergence.append((clean * np.log(clean / edited)).sum(axis=1))
-            gained.append([(edited - clean)[:, tokens].sum(axis=1) for tokens in sets])
-        kl, mass = np.array(divergence), np.array(gained)  # [strengths, tokens], [strengths, rungs, tokens]
-        n = min(PROMPTS, int(counts.sum()))
-        taken = rng.multivariate_hypergeometric(counts, n, size=draws) / n
-        shares = np.vstack([counts / counts.sum(), taken])
-        found = np.array([_at_target(kl @ share, mass @ share) for share in shares])
-        return Known(expected=found[0], drawn=found[1:])
-
-    def measured(self, made: Round, rungs: Sequence[str], seed: int) -> dict[tuple[int, str], Scores]:
-        """Run the scorer on the acting subject."""
-        acting = self.acting(made.world)
-        items = [
-            (s.explanation(rung), replace(s.view(), subject=acting.subject, coder=acting.coder))
-            for s in made.settings
-            for rung in rungs
-        ]
-        return scored(self._scorer, items)
-
-
-@final
-class Generating(OnSubject):
-    """Generation: the share of texts, written by a simulated judge to fit an explanation, that fire the latent."""
-
-    def __init__(self, evidence: Evidence) -> None:
-        super().__init__(evidence)
-        self._scorer = GenerationScorer(fitting=TEXTS, other=TEXTS, controls="none")
-
-    @property
-    def name(self) -> str:
-        """``generation``."""
-        return self._scorer.label
-
-    @property
-    def headline(self) -> str:
-        """The share that fires."""
-        return "share_firing"
-
-    def known(self, setting: Setting, rungs: Sequence[str], draws: int, rng: np.random.Generator) -> Known:
-        """Return the chance that a text of the judge's fires the latent, and shares of as many as it writes."""
-        acting, frame = self.acting(setting.round.world), setting.round.frame
-        texts = list(frame.places)
-        fires = acting.fires[setting.latent]
-        encoded = acting.subject.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        fired = np.array([bool(fires[ids].any()) for ids in encoded])
-        at = [frame.places[text] for text in texts]
-        chances = []
-        for rung in rungs:
-            fits = setting.claim(rung).anywhere[at]
-            right = self.evidence.true_positive_rate
-            chances.append(right * fired[fits].mean() + (1 - right) * fired[~fits].mean() if fits.any() else np.nan)
-        expected = np.array(chances)
-        drawn = rng.binomial(TEXTS, np.nan_to_num(expected), size=(draws, len(rungs))) / TEXTS
-        return Known(expected=expected, drawn=drawn)
-
-    def measured(self, made: Round, rungs: Sequence[str], seed: int) -> dict[tuple[int, str], Scores]:
-        """Run the scorer with a simulated judge on the acting subject."""
-        acting = self.acting(made.world)
-        judge = SimulatedJudge(
-            true_positive_rate=self.evidence.true_positive_rate,
-            false_positive_rate=self.evidence.false_positive_rate,
-            seed=seed,
-            predicates=made.predicates(rungs),
-            windows={text: made.frame.tokens[place] for text, place in made.frame.places.items()},
-        )
-        items = [
-            (s.explanation(rung), replace(s.view(), llm=judge, subject=acting.subject, coder=acting.coder))
-            for s in made.settings
-            for rung in rungs
-        ]
-        return scored(self._scorer, items)
-
-
-def _at_target(kl: Array, mass: Array) -> Array:
-    """Return each rung's gain at the target, from KLs [strengths] and gains [strengths, rungs] by strength."""
-    strength = np.interp(TARGET, kl, _STRENGTHS)
-    return np.array([np.interp(strength, _STRENGTHS, gained) for gained in mass.T])
+        return self.stage.acting(world)

@@ -15,9 +15,10 @@ from exegete.scorers.contrast import Contrast
 from exegete.scorers.discrimination import DiscriminationScorer, shared
 from exegete.testing.instruments import Instrument, Known, Scores, scored, simulated_judge
 from exegete.testing.settings import Round, Setting
-from exegete.types import Array
+from exegete.types import Array, LatentId
 
 K = 4
+_TIMES = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
 _ENOUGH = 1e-12
 
 
@@ -49,6 +50,13 @@ class Discriminating(Instrument):
         """As far on the way from 0 to all bits as 0.08 of balanced accuracy is from ½ to 1."""
         return 0.16 * math.log2(K + 1)
 
+    def wanted(self, setting: Setting) -> int:
+        """Return so many that n of the firing ones are left on which no neighbour fires, at most 5 n."""
+        own, made = setting.whole.part("test", fires=True), setting.round
+        left = ~shared(own, made.world.data, [LatentId(coder=made.world.store.name, index=i) for i in _near(setting)])
+        times = next((times for times in _TIMES if times * left.mean() >= 1.0), _TIMES[-1])
+        return round(times * made.n)
+
     def known(self, setting: Setting, rungs: Sequence[str], draws: int, rng: np.random.Generator) -> Known:
         """Return the true bits of each rung over the frame, and simulated estimates."""
         frame = _Alone(setting, rungs)
@@ -69,6 +77,10 @@ class Discriminating(Instrument):
         return scored(self._scorer, items)
 
 
+def _near(setting: Setting) -> list[int]:
+    return [index for index, _ in setting.round.neighbours[setting.latent][:K]]
+
+
 @final
 class _Alone:
     """The firing windows of a latent on which none of its neighbours fires, and which explanations fit them.
@@ -79,11 +91,11 @@ class _Alone:
 
     def __init__(self, setting: Setting, rungs: Sequence[str]) -> None:
         world, made = setting.round.world, setting.round
-        near = [index for index, _ in made.neighbours[setting.latent][:K]]
+        near = _near(setting)
         self.k = len(near)
         fired = setting.whole.part("test", fires=True)
         drawn = setting.drawn.part("test", fires=True)
-        latents = [made.settings[index].whole.latent for index in near]
+        latents = [LatentId(coder=world.store.name, index=index) for index in near]
         alone = ~shared(fired, world.data, latents)
         at = made.frame.windows(fired.row, fired.start)
         self.worn: list[list[int]] = []

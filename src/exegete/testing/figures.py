@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Final, final
+from typing import Final, Literal, final
 
 import numpy as np
 
@@ -17,6 +17,16 @@ from exegete.testing.worlds import DAMAGED
 from exegete.types import Array
 
 PAIRS: Final = tuple(combinations(RUNGS, 2))
+ORDERED: Final = 0.95
+"""The share of far pairs that is to come out in the right order, at 100 windows of each class."""
+COVERED: Final = 0.93
+"""How often 95 % intervals are to hold the true score at least, at 50 windows of each class or more."""
+REACHED: Final = 0.8
+"""The share of latents in which broad and sibling explanations are to be told from exact ones on hard windows."""
+Verdict = Literal["met", "not met", "open"]
+_SAME: Final = 1e-9
+_RARE: Final = 1e-3
+_EVEN: Final = 0.52  # so often a score falls by chance alone, among the draws that are simulated
 PASSING: Final = 0.9
 """A metric passes a sanity check when it falls in more latents than this share of them (as Oikarinen et al. 2025)."""
 
@@ -37,6 +47,12 @@ class Share:
         found = wilson(hits, n)
         return cls(value=found.value, low=found.low, high=found.high, n=n)
 
+    def verdict(self, goal: float) -> Verdict:
+        """Return whether a goal is met: not to be told where it lies within the interval."""
+        if self.low >= goal:
+            return "met"
+        return "not met" if self.high < goal else "open"
+
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +69,14 @@ class Bias:
 class Ordering:
     """How often two rungs come out in the order of their true scores, ties counting half.
 
-    Of pairs at least the wanted gap apart: the share ``right``, what was ``predicted``, and the pair of rungs with the
-    lowest share. Of nearer ones: ``near`` and what was predicted of them, and the difference of the two in Monte-Carlo
+    Of pairs at least the wanted gap apart: the share ``right``, what was ``predicted``, and both for each pair of rungs
+    (``pairs``). Of nearer ones: ``near`` and what was predicted of them, and the difference of the two in Monte-Carlo
     standard errors, latents being independent and the pairs of one not.
     """
 
     right: Share
     predicted: float
-    lowest: tuple[str, str, Share]
+    pairs: tuple[tuple[str, str, Share, float], ...]
     near: Share
     near_predicted: float
     deviation: float
@@ -79,8 +95,11 @@ def bias_of(trials: Trials) -> Bias:
 
 
 def coverage_of(trials: Trials) -> Share:
-    """Return how often the 95 % interval held the true score, of all intervals there were."""
-    known = ~np.isnan(trials.low) & ~np.isnan(trials.expected)
+    """Return how often the 95 % interval held the true score, of all intervals there were.
+
+    Without those of no width: all answers were alike, and nothing tells how far they may lie from the truth.
+    """
+    known = (trials.high - trials.low > _SAME) & ~np.isnan(trials.expected)
     held = known & (trials.low <= trials.expected) & (trials.expected <= trials.high)
     return Share.of(int(held.sum()), int(known.sum()))
 
@@ -91,13 +110,17 @@ def ordering_of(examined: Examined, trials: Trials) -> Ordering:
     known = ~np.isnan(right) & ~np.isnan(gap)
     far = known & (gap >= examined.gap)
     near = known & (gap < examined.gap) & (gap > 0)
-    by_pair = [(*pair, _share(right[:, i], far[:, i])) for i, pair in enumerate(PAIRS) if far[:, i].any()]
+    by_pair = tuple(
+        (*pair, _share(right[:, i], far[:, i]), _mean(predicted[:, i], far[:, i]))
+        for i, pair in enumerate(PAIRS)
+        if far[:, i].any()
+    )
     off = np.where(near, right - predicted, 0.0).sum(axis=1)
     error = math.sqrt(float(off @ off))
     return Ordering(
         right=_share(right, far),
         predicted=_mean(predicted, far),
-        lowest=min(by_pair, key=lambda found: found[2].value, default=(*PAIRS[0], Share.of(0, 0))),
+        pairs=by_pair,
         near=_share(right, near),
         near_predicted=_mean(predicted, near),
         deviation=float(off.sum()) / error if error else 0.0,
@@ -115,15 +138,41 @@ class Fall:
 
 def sanity_of(trials: Trials, metric: str) -> dict[str, Fall]:
     """Return how a metric falls when the exact explanation is damaged, by how it is damaged."""
-    values = trials.metrics[metric]
+    return _falls(trials, trials.metrics[metric])
+
+
+def true_falls(trials: Trials) -> dict[str, Fall]:
+    """Return the same of the true headline score."""
+    return _falls(trials, trials.expected)
+
+
+def _falls(trials: Trials, values: Array) -> dict[str, Fall]:
     exact = values[:, trials.rungs.index("exact")]
     found = {}
     for how in DAMAGED:
         fall = exact - values[:, trials.rungs.index(how)]
         fall = fall[~np.isnan(fall)]
-        share = Share.of(int((fall > 0).sum()), len(fall))
+        share = Share.of(int((fall > _SAME).sum()), len(fall))
         found[how] = Fall(share=share, mean=float(fall.mean()) if len(fall) else math.nan)
     return found
+
+
+def needed(trials: Trials, how: str) -> float:
+    """Return with how many windows of each class the headline score would pass a check, infinite where with no number.
+
+    From the chance that each latent's score falls with as many as there are: as the number grows, its normal quantile
+    does with the square root.
+    """
+    from scipy.special import ndtr, ndtri
+
+    chance = trials.power[:, trials.rungs.index("exact"), trials.rungs.index(how)]
+    chance = chance[~np.isnan(trials.expected[:, trials.rungs.index(how)])]
+    if not len(chance) or (chance > _EVEN).mean() <= PASSING:
+        return math.inf
+    quantiles = ndtri(np.clip(chance, _RARE, 1.0 - _RARE))
+    sizes = trials.n * np.geomspace(0.1, 1000.0, 401)
+    passing = [float(ndtr(quantiles * math.sqrt(size / trials.n)).mean()) > PASSING for size in sizes.tolist()]
+    return float(sizes[passing.index(True)]) if any(passing) else math.inf
 
 
 def passes(found: dict[str, Fall]) -> bool:

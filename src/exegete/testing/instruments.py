@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, final
 
@@ -70,14 +70,18 @@ class Instrument(ABC):
         return True
 
     @property
-    def damaged(self) -> bool:
-        """Whether it can judge an explanation that is no rule, as damaged ones are."""
-        return True
-
-    @property
     def every(self) -> int:
         """Of how many latents one is examined: more than one for what takes long."""
         return 1
+
+    @property
+    def blind(self) -> Mapping[str, str]:
+        """Why its headline score need not fall, by what is done to an explanation; nothing where it must."""
+        return {}
+
+    def wanted(self, setting: Setting) -> int:
+        """Return how many windows of each class are drawn of a latent, so that n of each class are judged."""
+        return setting.round.n
 
     @abstractmethod
     def known(self, setting: Setting, rungs: Sequence[str], draws: int, rng: np.random.Generator) -> Known:
@@ -111,11 +115,16 @@ class OnWindows(Instrument, ABC):
 
 @final
 class Judged(OnWindows):
-    """Detection and fuzzing by a simulated judge: balanced accuracy, or the AUROC of its P(yes)."""
+    """Detection and fuzzing by a simulated judge: balanced accuracy, or the AUROC of its P(yes).
 
-    def __init__(self, scorer: JudgedScorer, evidence: Evidence, *, probabilities: bool = False) -> None:
+    ``halved`` is for the scorer that makes both classes of the firing windows.
+    """
+
+    def __init__(
+        self, scorer: JudgedScorer, evidence: Evidence, *, probabilities: bool = False, halved: bool = False
+    ) -> None:
         super().__init__(evidence)
-        self._scorer, self._probabilities = scorer, probabilities
+        self._scorer, self._probabilities, self._halved = scorer, probabilities, halved
 
     @property
     def name(self) -> str:
@@ -126,6 +135,15 @@ class Judged(OnWindows):
     def headline(self) -> str:
         """Balanced accuracy, or AUROC."""
         return "auroc" if self._probabilities else "balanced_accuracy"
+
+    @property
+    def blind(self) -> Mapping[str, str]:
+        """Of windows that fire nothing is to be seen of what is wrong elsewhere."""
+        return {"extra": _FIRING_ALONE} if self._halved else {}
+
+    def wanted(self, setting: Setting) -> int:
+        """Return n, or twice as many where windows are halved."""
+        return setting.round.n * (2 if self._halved else 1)
 
     def cells(self, setting: Setting, rungs: Sequence[str]) -> list[Cells]:
         """Return the strata of the questions that could be asked, and how many were drawn of each."""
@@ -191,4 +209,7 @@ def detection(evidence: Evidence) -> list[Instrument]:
 def fuzzing(evidence: Evidence) -> list[Instrument]:
     """Return fuzzing of both kinds."""
     plain, active = FuzzingScorer(controls="none"), FuzzingScorer(controls="none", kind="active")
-    return [Judged(plain, evidence), Judged(active, evidence)]
+    return [Judged(plain, evidence), Judged(active, evidence, halved=True)]
+
+
+_FIRING_ALONE = "it shows firing windows alone, and what was added lies elsewhere"

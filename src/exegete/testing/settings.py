@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
 
@@ -73,6 +73,18 @@ class Round:
         self.settings = tuple(
             Setting(round=self, latent=i, drawn=d, whole=w) for i, (d, w) in enumerate(zip(drawn, whole, strict=True))
         )
+
+    def drawing(self, wanted: Sequence[int]) -> Round:
+        """Return the same round with so many windows of each class drawn of each of its latents, or all there are."""
+        other, settings = copy.copy(self), list(self.settings)
+        for size in set(wanted) - {self.n}:
+            places = [place for place, n in enumerate(wanted) if n == size]
+            latents = [settings[place].latent for place in places]
+            drawn = self.world.select(size, negatives=NEGATIVES, seed=self.seed, indices=latents)
+            for place, chosen in zip(places, drawn, strict=True):
+                settings[place] = replace(settings[place], drawn=chosen)
+        other.settings = tuple(settings)
+        return other
 
     def only(self, every: int) -> Round:
         """Return the same round with one of so many latents, so that all kinds are still among them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final, Literal, final
 
@@ -45,6 +45,11 @@ class Simulating(Instrument):
     def every(self) -> int:
         """One latent of three: there is a level to simulate for every token."""
         return 3
+
+    @property
+    def blind(self) -> Mapping[str, str]:
+        """Of windows that fire nothing is to be seen of what is wrong elsewhere."""
+        return {"extra": "it simulates firing windows alone, and what was added lies elsewhere"}
 
     def known(self, setting: Setting, rungs: Sequence[str], draws: int, rng: np.random.Generator) -> Known:
         """Return the correlation over the frame's firing windows, strata mixed as drawn, and simulated estimates."""

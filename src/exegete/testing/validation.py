@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, final
 
 import numpy as np
@@ -12,11 +12,13 @@ from exegete.errors import InputError, unknown
 from exegete.llm.scripted import Evidence
 from exegete.progress import Progress, Silent
 from exegete.streams import stream
-from exegete.testing.acting import Generating, Intervening
+from exegete.testing.acting import Stage
 from exegete.testing.contrasts import Discriminating
 from exegete.testing.faults import Fault, measure_faults
 from exegete.testing.gaps import Gaps, measure_gaps
+from exegete.testing.generating import Generating
 from exegete.testing.instruments import Instrument, Known, Scores, detection, fuzzing
+from exegete.testing.intervening import intervened
 from exegete.testing.intruding import Intruding
 from exegete.testing.latents import RUNGS
 from exegete.testing.ranked import Embedded, ExampleEmbedded, Surprised
@@ -59,6 +61,7 @@ class Examined:
     """One instrument over the testbed: its trials at each n, the largest last.
 
     ``gap`` is what true scores have to differ by to be told apart; without an explanation there is no ladder.
+    ``blind`` says why the headline score need not fall, by what is done to an explanation.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Examined:
     gap: float
     explained: bool
     trials: tuple[Trials, ...]
+    blind: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def full(self) -> Trials:
@@ -99,8 +103,8 @@ INSTRUMENTS: Final[Mapping[str, Callable[[Evidence], list[Instrument]]]] = {
     "example_embedding": lambda evidence: [ExampleEmbedded(evidence)],
     "simulation": lambda evidence: [Simulating(evidence, how) for how in ("all_at_once", "whole_window")],
     "intruder": lambda evidence: [Intruding(evidence, kind) for kind in ("default", "internal", "decile")],
-    "intervention": lambda evidence: [Intervening(evidence)],
-    "generation": lambda evidence: [Generating(evidence)],
+    "intervention": lambda evidence: intervened(evidence, Stage()),
+    "generation": lambda evidence: [Generating(evidence, Stage())],
     "discrimination": lambda evidence: [Discriminating(evidence)],
 }
 """What is validated under the name of a scorer."""
@@ -173,8 +177,7 @@ def _trials(instrument: Instrument, made: Round, rungs: tuple[str, ...]) -> Tria
     """Run one instrument over all latents of a round."""
     if not instrument.explained:
         rungs = rungs[:1]
-    elif not instrument.damaged:
-        rungs = tuple(rung for rung in rungs if rung not in DAMAGED)
+    made = made.drawing([instrument.wanted(setting) for setting in made.settings])
     known: list[Known] = []
     for setting in made.settings:
         rng = stream(made.seed, "power", instrument.name, made.n, setting.latent)
@@ -194,9 +197,8 @@ def _trials(instrument: Instrument, made: Round, rungs: tuple[str, ...]) -> Tria
 
 
 def _metrics(scores: Sequence[Sequence[Scores]]) -> list[str]:
-    """Return the metrics that every latent and rung has, in the order of the first."""
-    first = scores[0][0]
-    return [metric for metric in first if all(metric in cell for row in scores for cell in row)]
+    """Return the metrics that the first rung of every latent has, in the order of the first latent."""
+    return [metric for metric in scores[0][0] if all(metric in row[0] for row in scores)]
 
 
 def _column(scores: Sequence[Sequence[Scores]], metric: str, field: str) -> Array:
@@ -212,6 +214,7 @@ def _examined(instrument: Instrument, trials: Sequence[Trials]) -> Examined:
         headline=instrument.headline,
         gap=instrument.gap,
         explained=instrument.explained,
+        blind=instrument.blind,
         trials=tuple(_joined([trial for trial in trials if trial.n == size]) for size in sizes),
     )
 
