@@ -4,7 +4,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 
-.PHONY: demo test lint validate bench bench-collect bench-examples bench-llm bench-scores oracles train setup clean
+.PHONY: demo test lint validate bench bench-collect bench-examples bench-llm bench-scores oracles train train-recurrent setup clean
 
 setup: .venv/ready
 
@@ -32,6 +32,14 @@ train: setup
 	cp $(WORK)/tokenizer/tokenizer.json $(WORK)/tokenizer/tokenizer_config.json $(WORK)/lm/hf
 	$(BIN)/python training/coders.py --model $(WORK)/lm/hf --out $(WORK)/coders
 	$(BIN)/python training/card.py --work $(WORK) --assets src/exegete/demo/assets
+
+# The recurrent demo's Mamba and coder, on the tokenizer that ships (two cores: an hour).
+DEMO := src/exegete/demo/assets
+train-recurrent: setup
+	$(BIN)/python training/lm.py --architecture mamba --tokenizer $(DEMO)/model --out $(WORK)/recurrent/lm --steps 2400 --batch 4096
+	cp $(DEMO)/model/tokenizer.json $(DEMO)/model/tokenizer_config.json $(WORK)/recurrent/lm/hf
+	$(BIN)/python training/coders.py --model $(WORK)/recurrent/lm/hf --out $(WORK)/recurrent/coders --width 1536 --steps 1500
+	$(BIN)/python training/card.py --work $(WORK)/recurrent --assets $(DEMO)/recurrent
 
 # Every scorer on latents of known truth: the page of the documentation.
 validate: setup
@@ -76,9 +84,16 @@ $(ORACLE)/ready: constraints.txt
 	$(ORACLE)/bin/python -m pip install --quiet --no-deps dictionary-learning==0.1.0
 	touch $@
 
-oracles: setup $(ORACLE)/ready $(PEER)/ready
+STEERING := .oracles/steering
+$(STEERING)/ready: constraints.txt
+	test -x $(STEERING)/bin/python || $(PYTHON) -m venv $(STEERING)
+	$(STEERING)/bin/python -m pip install --quiet torch repeng==0.4.0 steering-vectors==0.12.2
+	touch $@
+
+oracles: setup $(ORACLE)/ready $(PEER)/ready $(STEERING)/ready
 	$(ORACLE)/bin/python tests/oracles/write_dictionary_learning.py
 	$(BIN)/python tests/oracles/write_delphi.py $(PEER)/bin/python
+	$(STEERING)/bin/python tests/oracles/write_steering.py
 
 clean:
 	rm -rf .venv runs

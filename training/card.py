@@ -13,12 +13,22 @@ from pathlib import Path
 
 import torch
 
-FLOORS = {"bits_per_byte_512": 1.40, "layers.2": 0.15, "layers.2.mlp": 0.30, "alive": 0.80}
-
-CARD = """# The embedded default's models
+FLOORS = {
+    "llama": {"bits_per_byte_512": 1.40, "layers.2": 0.15, "layers.2.mlp": 0.30, "alive": 0.80},
+    "mamba": {"bits_per_byte_512": 1.60, "layers.2": 0.30, "alive": 0.80},
+}
+HEADS = {
+    "llama": """# The embedded default's models
 
 Made by `make train`, which can be re-run on two CPU cores: a byte-level BPE tokenizer, a Llama-architecture causal
-language model, and one TopK sparse coder each on two of its hookpoints. All were trained on the source text of the
+language model, and one TopK sparse coder each on two of its hookpoints.""",
+    "mamba": """# The recurrent demo's models
+
+Made by `make train-recurrent`, which can be re-run on two CPU cores: a Mamba-architecture causal language model on the
+embedded default's tokenizer, and a TopK sparse coder on its residual stream.""",
+}
+
+CARD = """{head} All were trained on the source text of the
 Python standard library ({train_files} files, {train_tokens:,} tokens, Python {python}); the files that
 `src/exegete/demo/split.txt` holds out were never seen. Families of near copies and tables are in no figure below.
 
@@ -53,27 +63,28 @@ def main() -> None:
     language = json.loads((arguments.work / "lm/metrics.json").read_text())
     coders = json.loads((arguments.work / "coders/metrics.json").read_text())
     settings = json.loads((arguments.work / "lm/hf/config.json").read_text())
+    floors = FLOORS[settings["model_type"]]
     assets: Path = arguments.assets
     for name in ("model", "coders"):
         shutil.rmtree(assets / name, ignore_errors=True)
     (assets / "model").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", "generation_config.json"):
+    weights = ("config.json", "model.safetensors", "generation_config.json")
+    for name in (*weights, "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(arguments.work / "lm/hf" / name, assets / "model" / name)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(arguments.work / "tokenizer" / name, assets / "model" / name)
     lines = []
     for hookpoint, found in coders.items():
         shutil.copytree(arguments.work / "coders" / hookpoint, assets / "coders" / hookpoint)
         lines.append(
             f"| `{hookpoint}` | {found['width']:,} | {found['k']} | **{found['fvu']:.3f}** | {found['alive']:.1%} "
-            f"| {FLOORS[hookpoint]:.2f} |"
+            f"| {floors[hookpoint]:.2f} |"
         )
-    failures = [h for h, c in coders.items() if c["fvu"] > FLOORS[h] or c["alive"] < FLOORS["alive"]]
-    if language["bits_per_byte_512"] > FLOORS["bits_per_byte_512"] or failures:
+    failures = [h for h, c in coders.items() if c["fvu"] > floors[h] or c["alive"] < floors["alive"]]
+    if language["bits_per_byte_512"] > floors["bits_per_byte_512"] or failures:
         raise SystemExit(f"below the floors: {language['bits_per_byte_512']:.3f} bits per byte, coders {failures}")
     (assets / "README.md").write_text(
         CARD.format(
             **language,
+            head=HEADS[settings["model_type"]],
             layers=settings["num_hidden_layers"],
             width=settings["hidden_size"],
             vocabulary=settings["vocab_size"],
@@ -81,8 +92,8 @@ def main() -> None:
             coders="\n".join(lines),
             positions=next(iter(coders.values()))["held_out_positions"],
             note=f"{arguments.note}\n\n" if arguments.note else "",
-            floor_lm=FLOORS["bits_per_byte_512"],
-            floor_alive=FLOORS["alive"],
+            floor_lm=floors["bits_per_byte_512"],
+            floor_alive=floors["alive"],
         )
     )
     made = {

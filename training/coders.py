@@ -1,8 +1,8 @@
-"""Train the demo's TopK coders on the demo language model's activations, and save them in sparsify's layout.
+"""Train TopK coders on the activations of one of the demo's language models, and save them in sparsify's layout.
 
     python training/coders.py --model OUT/hf --out OUT/coders
 
-One coder each for the residual stream after layer 2 and for the output of its MLP. Both are trained with the usual
+One coder for the residual stream after layer 2, and for a Llama another for the output of its MLP, each with the usual
 TopK objective (normalised squared error) plus an auxiliary term that lets dead latents explain what is left over.
 A coder that is already in ``--out`` is not trained again; within one, training resumes from its checkpoint.
 """
@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from exegete.subjects.fast_scan import fast_scan
 
 from text import documents, encode, training_files
 
-HOOKPOINTS = ("layers.2", "layers.2.mlp")
+HOOKPOINTS = {"llama": ("layers.2", "layers.2.mlp"), "mamba": ("layers.2",)}
 ROW = 256
 
 
@@ -37,11 +39,11 @@ def rows_of(encoded: list[np.ndarray]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def activations(model: torch.nn.Module, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+def activations(model: PreTrainedModel, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the hookpoints' outputs at all but the BOS position, ``[rows * (ROW - 1), d]`` float16."""
-    inner: Any = model.get_submodule("model")
-    modules = {name: inner.get_submodule(name) for name in HOOKPOINTS}
-    kept: dict[str, list[torch.Tensor]] = {name: [] for name in HOOKPOINTS}
+    inner = model.base_model
+    modules = {name: inner.get_submodule(name) for name in HOOKPOINTS[model.config.model_type]}
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
 
     def hook(name: str) -> Any:
         def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
@@ -51,8 +53,9 @@ def activations(model: torch.nn.Module, rows: torch.Tensor) -> dict[str, torch.T
         return keep
 
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    for chunk in torch.split(rows, 32):
-        inner(input_ids=chunk, use_cache=False)
+    with fast_scan(model):
+        for chunk in torch.split(rows, 32):
+            inner(input_ids=chunk, use_cache=False)
     for handle in handles:
         handle.remove()
     return {name: torch.cat(parts) for name, parts in kept.items()}
@@ -192,7 +195,7 @@ def save(coder: TopK, folder: Path) -> None:
 
 
 def main() -> None:
-    """Train both coders and write ``metrics.json``."""
+    """Train each coder and write ``metrics.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder with the tokenizer inside")
     parser.add_argument("--out", type=Path, required=True)
@@ -204,7 +207,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16_000, help="train rows whose activations are kept")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     rows = rows_of(encode(training_files(), arguments.model))
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))[: arguments.rows]
@@ -212,7 +215,7 @@ def main() -> None:
     held_x = activations(model, rows_of(encode(documents("held_out", tests=False), arguments.model)))
     print(f"{len(next(iter(train_x.values())))} train positions", flush=True)
     metrics: dict[str, Any] = {}
-    for name in HOOKPOINTS:
+    for name in train_x:
         coder = train(train_x[name], held_x[name], arguments.out / f"{name}.checkpoint.pt", arguments)
         save(coder, arguments.out / name)
         metrics[name] = {"width": arguments.width, "k": arguments.k, **measure(coder, held_x[name])}

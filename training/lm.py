@@ -1,6 +1,6 @@
-"""Train the demo's causal language model (Llama architecture) on train-side standard-library text.
+"""Train one of the demo's causal language models (Llama or Mamba architecture) on train-side standard-library text.
 
-    python training/lm.py --tokenizer TOK --out OUT
+    python training/lm.py --tokenizer TOK --out OUT [--architecture mamba]
 
 Checkpoints go to ``OUT/checkpoint.pt`` every ``--save-every`` steps; the same command resumes. The learning rate is
 constant after a warm-up and falls linearly to zero over the last ``--cooldown`` share of ``--steps``; a run may be
@@ -20,16 +20,39 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
+
+from exegete.subjects.fast_scan import fast_scan
 
 from text import documents, encode, training_files
 
 LENGTH = 512
 
 
-def build(vocabulary: int) -> LlamaForCausalLM:
-    """Return the untrained model, about 3.6 M parameters."""
+def build(architecture: str, vocabulary: int) -> PreTrainedModel:
+    """Return the untrained model: a Llama of about 3.6 M parameters or a Mamba of about 1.8 M."""
     torch.manual_seed(0)
+    if architecture == "mamba":
+        return MambaForCausalLM(
+            MambaConfig(
+                vocab_size=vocabulary,
+                hidden_size=192,
+                num_hidden_layers=4,
+                state_size=16,
+                tie_word_embeddings=True,
+                bos_token_id=0,
+                eos_token_id=None,
+                pad_token_id=None,
+                initializer_range=0.04,
+            )
+        )
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
@@ -56,7 +79,7 @@ def batch(stream: torch.Tensor, step: int, tokens: int, length: int) -> torch.Te
 
 
 @torch.no_grad()
-def bits_per_byte(model: LlamaForCausalLM, encoded: list[np.ndarray], n_bytes: int, length: int = LENGTH) -> float:
+def bits_per_byte(model: PreTrainedModel, encoded: list[np.ndarray], n_bytes: int, length: int = LENGTH) -> float:
     """Held-out bits per byte over non-overlapping rows of ``length`` (BOS first); every byte of every file counts."""
     rows = []
     for ids in encoded:
@@ -69,7 +92,8 @@ def bits_per_byte(model: LlamaForCausalLM, encoded: list[np.ndarray], n_bytes: i
         width = max(map(len, group))
         padded = np.stack([np.pad(r, (0, width - len(r)), constant_values=-100) for r in group])
         batch_ids = torch.from_numpy(padded)
-        logits = model(input_ids=batch_ids.clamp_min(0)).logits[:, :-1].float()
+        with fast_scan(model):
+            logits = model(input_ids=batch_ids.clamp_min(0)).logits[:, :-1].float()
         nats += float(
             torch.nn.functional.cross_entropy(
                 logits.reshape(-1, logits.shape[-1]), batch_ids[:, 1:].reshape(-1), ignore_index=-100, reduction="sum"
@@ -78,9 +102,10 @@ def bits_per_byte(model: LlamaForCausalLM, encoded: list[np.ndarray], n_bytes: i
     return nats / math.log(2) / n_bytes
 
 
-def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for embeddings and norms."""
-    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+def optimizers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for what is no matrix: embeddings, norms, convolutions, decay rates."""
+    named = model.named_parameters()
+    hidden = [p for n, p in named if p.ndim == 2 and not any(part in n for part in ("embed", "lm_head", "A_log"))]
     ids = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in ids]
     muon = torch.optim.Muon(hidden, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
@@ -97,6 +122,7 @@ def schedule(step: int, steps: int, cooldown: float) -> float:
 def main() -> None:
     """Train, then write the Hugging Face folder and ``metrics.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--architecture", choices=("llama", "mamba"), default="llama")
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1300)
@@ -106,12 +132,16 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=100)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    torch.set_flush_denormal(arguments.architecture == "mamba")  # states that have decayed
 
     stream = torch.from_numpy(np.concatenate(encode(training_files(), arguments.tokenizer)).astype(np.int64))
     held = documents("held_out", tests=False)
     held_ids, held_bytes = encode(held, arguments.tokenizer), sum(len(f.text.encode()) for f in held)
-    model = build(int(json.loads((arguments.tokenizer / "tokenizer.json").read_text())["model"]["vocab"].__len__()))
+    model = build(
+        arguments.architecture,
+        int(json.loads((arguments.tokenizer / "tokenizer.json").read_text())["model"]["vocab"].__len__()),
+    )
     groups = optimizers(model, arguments.rate)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters} parameters; {len(stream)} train tokens; {held_bytes} held-out bytes", flush=True)
@@ -140,8 +170,9 @@ def main() -> None:
                 group["lr"] = arguments.rate * factor
         length = LENGTH if step >= (1 - arguments.cooldown) * arguments.steps else LENGTH // 2
         rows = batch(stream, step, arguments.batch, length)
-        loss = compiled(rows)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with fast_scan(model, compiled=True):
+            loss = compiled(rows)
+            loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in groups:
             optimizer.step()
@@ -165,7 +196,7 @@ def main() -> None:
             print(f"step {step + 1} held-out {found:.3f} bits/byte (every fourth file)", flush=True)
 
     model.half().save_pretrained(arguments.out / "hf")
-    model = LlamaForCausalLM.from_pretrained(arguments.out / "hf", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(arguments.out / "hf", dtype=torch.float32)
     metrics = {
         "parameters": parameters,
         "train_tokens": len(stream),

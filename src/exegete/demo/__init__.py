@@ -1,6 +1,7 @@
 """The embedded default: a small Python-code language model and two coders made by this project, and their text.
 
-Everything here ships in the package, so that ``exegete demo`` runs with no network, GPU or key.
+Beside it a recurrent one, a Mamba with a coder on its residual stream. Everything here ships in the package, so that
+``exegete demo`` runs with no network, GPU or key.
 """
 
 from __future__ import annotations
@@ -15,19 +16,24 @@ from exegete.config import RunConfig, merge
 from exegete.demo.stdlib import corpus_files, stdlib_root
 
 HOOKPOINTS = ("layers.2", "layers.2.mlp")
+RECURRENT_HOOKPOINTS = ("layers.2",)
 
 
 def assets() -> Path:
-    """Return the folder of the demo's weights: ``model`` (Hugging Face layout) and ``coders`` (sparsify layout)."""
+    """Return the folder of the demo's weights: ``model`` (Hugging Face layout) and ``coders`` (sparsify layout).
+
+    Its folder ``recurrent`` holds the same two of the recurrent model.
+    """
     return Path(str(resources.files(__package__))) / "assets"
 
 
-def demo_config(changes: Mapping[str, Any] | None = None) -> RunConfig:
-    """Return the configuration of ``exegete demo``, with nested ``changes`` laid over it."""
+def demo_config(changes: Mapping[str, Any] | None = None, *, recurrent: bool = False) -> RunConfig:
+    """Return the configuration of ``exegete demo``, or of the recurrent one, with nested ``changes`` laid over it."""
+    folder = assets() / "recurrent" if recurrent else assets()
     base = {
-        "subject": str(assets() / "model"),
-        "coder": [str(assets() / "coders")],
-        "hookpoints": list(HOOKPOINTS),
+        "subject": str(folder / "model"),
+        "coder": [str(folder / "coders")],
+        "hookpoints": list(RECURRENT_HOOKPOINTS if recurrent else HOOKPOINTS),
         "explainer": "rule",
         "scorers": ["detection", "fuzzing", "execution"],
         "nulls": ["random_coder", "random_subject"],
@@ -36,6 +42,14 @@ def demo_config(changes: Mapping[str, Any] | None = None) -> RunConfig:
         "examples": {"min_test": 20},
     }
     return RunConfig.from_dict(merge(base, changes or {}))
+
+
+def title(subject: str) -> str | None:
+    """Return what a report on one of the demo's models is called, None for another subject."""
+    folder = Path(subject)
+    if folder.is_relative_to(assets() / "recurrent"):
+        return "The recurrent demo: a Python-code Mamba"
+    return "The embedded default: a Python-code model" if folder.is_relative_to(assets()) else None
 
 
 def describe_corpus() -> str:
