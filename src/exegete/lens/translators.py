@@ -1,0 +1,92 @@
+"""Translators: what a tuned lens does to a residual stream before the model's own readout.
+
+A translator is h ↦ h + W h + b, with W and b zero at the start, so that it begins as the identity and weight decay
+pulls it back there (arXiv 2303.08112, in the form of the tuned-lens package). A state-aware one adds a linear map of
+the block's recurrent state, zero at the start as well.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+
+from exegete.errors import InputError, MismatchError
+
+FULL_ENTRIES = 1 << 22
+"""Most entries of a state's own full matrix [d, n]; a larger state goes through a low rank."""
+
+
+@final
+class StateMap(torch.nn.Module):
+    """A linear map of a standardised state [n] into the residual stream [d], zero at the start.
+
+    The state is standardised by ``mean`` and ``scale`` [n], which are measured once and then kept. With a ``rank`` the
+    map is up · down: ``down`` [rank, n] starts as seeded noise and ``up`` [d, rank] as zero; without, ``full`` [d, n].
+    """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, n: int, d: int, *, rank: int | None, seed: int = 0) -> None:
+        super().__init__()
+        self.n, self.rank = n, rank
+        self.register_buffer("mean", torch.zeros(n))
+        self.register_buffer("scale", torch.ones(n))
+        if rank is None:
+            self.full = torch.nn.Parameter(torch.zeros(d, n))
+        else:
+            noise = torch.randn(rank, n, generator=torch.Generator().manual_seed(seed))
+            self.down = torch.nn.Parameter(noise / n**0.5)
+            self.up = torch.nn.Parameter(torch.zeros(d, rank))
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """Return what the state [..., n] adds to the stream [..., d]."""
+        if state.shape[-1] != self.n:
+            raise MismatchError(f"the lens reads states of {self.n} numbers, got {state.shape[-1]}")
+        x = (state.to(self.mean) - self.mean) * self.scale
+        if self.rank is None:
+            return x @ self.full.T
+        return (x @ self.down.T) @ self.up.T
+
+    @torch.no_grad()
+    def standardise(self, states: torch.Tensor) -> None:
+        """Take mean and scale from some states [m, n]; numbers that never change count for nothing."""
+        spread = states.std(dim=0, correction=0)
+        self.mean.copy_(states.mean(dim=0))
+        moving = spread > 1e-6 * states.abs().amax(dim=0).clamp_min(1e-30)
+        self.scale.copy_(torch.where(moving, 1.0 / spread.clamp_min(1e-30), torch.zeros_like(spread)))
+
+
+@final
+class Translator(torch.nn.Module):
+    """The translator of one site: h [..., d] ↦ h + W h + b, plus a map of the state where it has one."""
+
+    def __init__(self, d: int, *, bias: bool = True, state: StateMap | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(d, d))
+        self.bias = torch.nn.Parameter(torch.zeros(d)) if bias else None
+        self.state = state
+
+    def forward(self, h: torch.Tensor, state: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the translated stream [..., d] float32."""
+        h = h.to(self.weight)
+        moved: torch.Tensor = h + torch.nn.functional.linear(h, self.weight, self.bias)
+        if self.state is None:
+            return moved
+        if state is None:
+            raise InputError("this lens reads the recurrent state as well; give it the state beside the stream")
+        seen: torch.Tensor = self.state(state)
+        return moved + seen
+
+    def linear(self, v: torch.Tensor) -> torch.Tensor:
+        """Return v + W v [..., d]: how a direction, rather than a point, is translated."""
+        return v.to(self.weight) + v.to(self.weight) @ self.weight.T
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing."""
+        ends = [self.weight] if self.bias is None else [self.weight, self.bias]
+        if self.state is not None:
+            ends.append(self.state.full if self.state.rank is None else self.state.up)
+        return not any(bool(end.any()) for end in ends)

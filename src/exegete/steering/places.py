@@ -1,0 +1,76 @@
+"""Where a vector acts: which tokens of a prompt and of what comes after it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from exegete.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+_ALLOWED = "onward, last, last:K, prompt, from:I, generated, all"
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Positions of a sequence whose first tokens are a prompt. Read from text by ``places``.
+
+    Attributes:
+        name: As given.
+        start: The first prompt token edited, from the prompt's end where negative; None for no prompt token.
+        generated: Whether tokens after the prompt are edited.
+    """
+
+    name: str
+    start: int | None
+    generated: bool
+
+    def mask(self, at: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Return which positions are edited, bool as ``at``.
+
+        ``at`` [rows, positions] count from each row's first token, negative at padding; ``lengths`` [rows] are those of
+        the prompts.
+        """
+        length = lengths[:, None]
+        after = at >= length
+        if self.start is None:
+            return after & self.generated
+        first = (length + self.start).clamp_min(0) if self.start < 0 else self.start
+        return (at >= 0) & (at >= first) & (~after | self.generated)
+
+    def from_end(self, length: int) -> int:
+        """Return how many of the last tokens of a prompt of this length are edited."""
+        if self.start is None:
+            return 0
+        return max(0, min(length, -self.start if self.start < 0 else length - self.start))
+
+
+def places(text: str) -> Places:
+    """Return the places that a text names.
+
+    ``onward``, what contrastive activation addition uses to generate: the last prompt token and all after it ·
+    ``last``, the last prompt token · ``last:K``, the last K of it · ``prompt``, all of it · ``from:I``, from I on,
+    counted from 0, or from the prompt's end where negative · ``generated``, what comes after the prompt · ``all``.
+
+    Raises InputError for any other text.
+    """
+    named = {
+        "onward": (-1, True),
+        "last": (-1, False),
+        "prompt": (0, False),
+        "generated": (None, True),
+        "all": (0, True),
+    }
+    if text in named:
+        start, generated = named[text]
+        return Places(name=text, start=start, generated=generated)
+    if found := re.fullmatch(r"last:(\d{1,9})", text):
+        if int(found[1]) > 0:
+            return Places(name=text, start=-int(found[1]), generated=False)
+    elif found := re.fullmatch(r"from:(-?\d{1,9})", text):
+        return Places(name=text, start=int(found[1]), generated=True)
+    raise InputError(f"a vector acts at {_ALLOWED} (K at least 1); got {text!r}")

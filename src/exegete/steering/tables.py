@@ -1,0 +1,134 @@
+"""What a sweep writes: tidy tables as CSV, everything as JSON, continuations as JSON lines, figures as SVG."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from exegete.files import write_json, write_text
+from exegete.steering.effects import Estimate
+from exegete.steering.generating import Sample
+from exegete.steering.plots import curves_figure, sites_figure
+from exegete.steering.sweeping import Sweep
+
+FORMAT = 1
+
+
+def write_sweep(
+    found: Sweep,
+    folder: str | Path,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    samples: Sequence[tuple[str, Sample]] = (),
+) -> list[Path]:
+    """Write a sweep into a folder, each file atomically; return the files.
+
+    ``points.csv`` has a row for every setting, ``curves.csv`` for every site and mode, ``questions.csv`` for every
+    question in every setting without a control, ``choices.csv`` for every held-out choice; ``sweep.json`` holds all
+    but the third, with ``facts`` (what was run on what); ``samples.jsonl`` continuations with their questions;
+    ``curves-BEHAVIOUR.svg`` and ``sites-BEHAVIOUR.svg`` are the figures.
+    """
+    place = Path(folder).expanduser()
+    tables = {
+        "points": [dataclasses.asdict(point) for point in found.points],
+        "curves": [_flat(dataclasses.asdict(curve)) for curve in found.curves],
+        "choices": [_flat(dataclasses.asdict(choice)) for choice in found.choices],
+    }
+    written = []
+    for name, rows in {**tables, "questions": list(_questions(found))}.items():
+        if rows:
+            write_text(place / f"{name}.csv", csv_text(rows))
+            written.append(place / f"{name}.csv")
+    held = {name: [_json(row) for row in rows] for name, rows in tables.items()}
+    write_json(place / "sweep.json", {"format": FORMAT, "facts": dict(facts or {}), **held})
+    written.append(place / "sweep.json")
+    if samples:
+        lines = [json.dumps({"question": question, **dataclasses.asdict(sample)}) for question, sample in samples]
+        write_text(place / "samples.jsonl", "\n".join(lines) + "\n")
+        written.append(place / "samples.jsonl")
+    for behaviour in dict.fromkeys(curve.behaviour for curve in found.curves):
+        ending = f"-{_name(behaviour)}" if behaviour else ""
+        for name, draw in (("curves", curves_figure), ("sites", sites_figure)):
+            write_text(place / f"{name}{ending}.svg", draw(found, behaviour))
+            written.append(place / f"{name}{ending}.svg")
+    return written
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of the same keys as CSV with a header; numbers that are not there are empty."""
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
+    return stream.getvalue()
+
+
+def summary_lines(found: Sweep) -> list[str]:
+    """Return what a sweep found, for people: each mode's chosen site with effect, controls and held-out effect."""
+    lines = []
+    for choice in found.choices:
+        curve = next(
+            c
+            for c in found.curves
+            if (c.behaviour, c.site, c.mode, c.components)
+            == (choice.behaviour, choice.site, choice.mode, choice.components)
+        )
+        name = " ".join(filter(None, (choice.behaviour, choice.mode, choice.components)))
+        parts = [
+            f"effect {_text(curve.effect)}",
+            f"held out {_text(choice.held_out)} on {choice.n_held_out} of {curve.n}",
+            f"slope {_text(curve.slope)}",
+            f"Spearman {curve.spearman.value:.2f}",
+        ]
+        if curve.random:
+            parts.append(f"{curve.random} random |effect| mean {curve.random_mean:.3f}, most {curve.random_most:.3f}")
+        if not math.isnan(curve.letters):
+            parts.append(f"letter vector {curve.letters:+.3f}")
+        lines.append(f"{name}, site {choice.site}: " + "; ".join(parts))
+    return lines
+
+
+def _text(value: Estimate) -> str:
+    return "–" if math.isnan(value.value) else f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+
+
+def _questions(found: Sweep) -> Iterable[dict[str, Any]]:
+    for (behaviour, site, mode, components), (match, nonsense) in found.values.items():
+        for m, shares, losses in zip(found.multipliers, match, nonsense, strict=True):
+            for i, (share, loss) in enumerate(zip(shares.tolist(), losses.tolist(), strict=True)):
+                yield {
+                    "behaviour": behaviour,
+                    "site": site,
+                    "mode": mode,
+                    "components": components,
+                    "multiplier": m,
+                    "question": i,
+                    "match": share,
+                    "nonsense": loss,
+                }
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with intervals as three columns: effect, effect_low, effect_high."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found |= {name: value["value"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
+        else:
+            found[name] = value
+    return found
+
+
+def _json(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+
+
+def _name(behaviour: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in behaviour)[:80]
