@@ -4,7 +4,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 
-.PHONY: demo test lint validate bench bench-collect bench-examples bench-llm bench-scores oracles train train-recurrent setup clean
+.PHONY: demo test lint validate bench bench-collect bench-examples bench-llm bench-scores oracles train train-recurrent recurrent setup clean
 
 setup: .venv/ready
 
@@ -50,6 +50,10 @@ bench-scores: setup
 	$(BIN)/python -m benchmarks.coverage
 	$(BIN)/python -m benchmarks.population
 	$(BIN)/python -m benchmarks.sequential --save
+
+# The studies of recurrent models and their page (two cores: under half an hour; goes on where it was stopped).
+recurrent: setup
+	$(BIN)/python -m studies.recurrent
 
 bench: setup
 	$(BIN)/python benchmarks/rules.py

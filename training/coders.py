@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--dead-after", type=int, default=400_000, help="tokens without a firing")
+    parser.add_argument("--held-out-every", type=int, default=1, help="measure on every N-th held-out file")
     parser.add_argument("--rows", type=int, default=16_000, help="train rows whose activations are kept")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -212,7 +213,8 @@ def main() -> None:
     rows = rows_of(encode(training_files(), arguments.model))
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))[: arguments.rows]
     train_x = activations(model, rows[chosen])
-    held_x = activations(model, rows_of(encode(documents("held_out", tests=False), arguments.model)))
+    held = documents("held_out", tests=False)[:: arguments.held_out_every]
+    held_x = activations(model, rows_of(encode(held, arguments.model)))
     print(f"{len(next(iter(train_x.values())))} train positions", flush=True)
     metrics: dict[str, Any] = {}
     for name in train_x:

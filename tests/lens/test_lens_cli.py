@@ -10,7 +10,7 @@ import pytest
 
 from exegete.cli import lens as command
 from exegete.cli.options import Parser
-from exegete.errors import ExegeteError, InputError
+from exegete.errors import ExegeteError, InputError, MismatchError
 
 
 def cli(*arguments: Any) -> int:
@@ -57,6 +57,39 @@ def test_evaluate_measures_on_test_documents_and_writes_tables(
     assert {row["lens"] for row in data["rows"]} == {"logit", "model"}
 
 
+def test_evaluate_takes_the_rows_of_the_training_and_refuses_others(
+    trained: Path, llama_folder: Path, lens_text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["evaluate", llama_folder, "--lens", trained, "--text", lens_text_file]
+    assert cli(*asked, "--json") == 0
+    own = json.loads(capsys.readouterr().out)
+    assert cli(*asked, "--row-length", 32, "--json") == 0
+    assert own == json.loads(capsys.readouterr().out)
+    assert own["part"] == "test"
+    for other in (["--row-length", 16], ["--max-tokens", 300]):
+        with pytest.raises(MismatchError, match="its test part may hold text that the lens has seen"):
+            cli(*asked, *other)
+    assert cli(*asked, "--row-length", 16, "--part", "all", "--json") == 0
+
+
+def test_evaluate_refuses_lenses_of_different_splits(
+    trained: Path, llama_folder: Path, lens_text_file: Path, tmp_path: Path
+) -> None:
+    options = ["--steps", 1, "--batch-tokens", 50, "--row-length", 32, "--validation-tokens", 50, "--seed", 1]
+    text = ["--text", lens_text_file]
+    assert cli("train", llama_folder, "--out", tmp_path / "l", *text, *options) == 0
+    with pytest.raises(MismatchError, match="different parts of this text"):
+        cli("evaluate", llama_folder, *text, "--lens", trained, tmp_path / "l")
+
+
+def test_the_models_own_output_is_measured_as_well(
+    trained: Path, llama_folder: Path, lens_text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["evaluate", llama_folder, "--lens", trained, "--text", lens_text_file]
+    assert cli(*asked, "--sites=0,2", "--tokens", 200) == 0  # at site 2 both KL are 0
+    assert "KL at most that of logit at 2 of 2 sites" in capsys.readouterr().out
+
+
 def test_show_generate_and_convert(
     trained: Path, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,6 +106,8 @@ def test_show_generate_and_convert(
     assert cli("convert", llama_folder, trained, "--to", "tuned-lens", "--out", tmp_path / "t") == 0
     assert cli("convert", llama_folder, tmp_path / "t", "--to", "exegete", "--out", tmp_path / "x") == 0
     assert (tmp_path / "x" / "lens.safetensors").read_bytes() == (trained / "lens.safetensors").read_bytes()
+    with pytest.raises(InputError, match="has that form already"):
+        cli("convert", llama_folder, trained, "--to", "exegete", "--out", tmp_path / "y")
     with pytest.raises(InputError, match="holds a lens already"):
         cli("convert", llama_folder, trained, "--to", "tuned-lens", "--out", tmp_path / "t")
 
@@ -85,6 +120,7 @@ def test_show_generate_and_convert(
         (["train", "{model}", "--out", "{tmp}/a", "--text", "{text}", "--state"], "carries no recurrent state"),
         (["train", "{model}", "--out", "{tmp}/a", "--text", "{text}", "--no-repeat"], "give more text"),
         (["train", "{model}", "--out", "{tmp}/a", "--text", "{text}", "--steps", "0"], "steps is at least 1"),
+        (["train", "{model}", "--out", "{tmp}/a", "--text", "{text}", "--checkpoint-every", "0"], "at least 1"),
         (["evaluate", "{model}", "--text", "{text}", "--lens", "{tmp}"], "there is no lens in"),
         (["show", "{model}"], "--prompt TEXT or --prompt-file"),
         (["show", "{model}", "--prompt-file", "{tmp}/none"], "cannot be read"),

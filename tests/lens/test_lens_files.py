@@ -80,6 +80,15 @@ def test_the_packages_form_there_and_back(trained: Make, llama: Subject, tmp_pat
     assert sorted(held) == ["0.bias", "0.weight", "1.bias", "1.weight", "2.bias", "2.weight"]
 
 
+def test_a_lens_without_biases_gets_zeros_there(llama: Subject, tmp_path: Path) -> None:
+    lens = new_lens(llama, bias=False)
+    export_lens(lens, tmp_path)
+    again = load_lens(tmp_path, llama)
+    bias = again.translators[0].bias
+    assert bias is not None
+    assert not bias.any()
+
+
 def test_sites_that_are_missing_become_identities_there(trained: Make, llama: Subject, tmp_path: Path) -> None:
     assert export_lens(trained(llama, sites=(0,)), tmp_path) == (-1, 1)
     again = load_lens(tmp_path, llama)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from exegete.lens import LogitLens, TunedLens, export_lens, load_lens, save_lens
+from exegete.lens import LogitLens, TunedLens, export_lens, load_lens, new_lens, save_lens
 from exegete.subjects import Subject, load_subject
 from exegete.subjects.readout import read_out
 from exegete.testing import toy_subject_model
@@ -62,6 +62,12 @@ def test_it_reads_what_we_write(
     with torch.no_grad():
         for entry, h in enumerate(hidden):
             torch.testing.assert_close(own.logits(entry - 1, h), read(h, entry), rtol=1e-5, atol=1e-5)
+
+
+def test_it_reads_a_lens_without_biases(subject: Subject, tmp_path: Path) -> None:
+    export_lens(new_lens(subject, bias=False), tmp_path)
+    read = theirs.TunedLens.from_model_and_pretrained(subject.model, str(tmp_path), weights_only=True)
+    assert not any(bool(p.any()) for p in read.layer_translators.parameters())
 
 
 def test_we_read_what_it_writes(subject: Subject, hidden: tuple[torch.Tensor, ...], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from exegete.lens import (
 from exegete.lens.report import evaluation_lines, training_lines
 from exegete.lens.states import StateReader
 from exegete.lens.text import Batch
+from exegete.lens.translators import StateMap
 from exegete.subjects import Subject
 from exegete.subjects.running import Running
 from exegete.subjects.sites import residuals
@@ -96,6 +97,29 @@ def test_trained_beside_the_plain_lens(
     state = StateReader(mamba, (1,)).read(batch_of(tokens, torch.ones(1, 4, dtype=torch.bool)))[1][None]
     assert torch.equal(again.logits(1, h, state), aware.lens.logits(1, h, state))
     assert any("state" in line for line in training_lines(found, "kl"))
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_where_the_state_makes_it_worse_the_plain_translator_is_kept(
+    rank: int | None, mamba: Subject, mamba_text: LensText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rank is not None:
+        monkeypatch.setattr("exegete.lens.lens.FULL_ENTRIES", 0)
+    # States a thousand times too large: every step along them goes far beyond its aim.
+    monkeypatch.setattr(StateMap, "standardise", lambda self, states: self.scale.fill_(1e3))
+    config = LensConfig(steps=2, batch_tokens=50, check_every=1, validation_tokens=30, rank=rank or 1, clip=1e9)
+    found = train_lens(mamba, mamba_text, out=tmp_path, sites=(0, 1), state=True, config=config)
+    plain, aware = found["tuned"], found["state"]
+    assert any(one.kept_plain for one in aware.sites.values())
+    states = {site: torch.randn(3, size) for site, size in StateReader(mamba, (0, 1)).sizes.items()}
+    for site, one in aware.sites.items():
+        assert one.best <= plain.sites[site].best
+        if one.kept_plain:
+            h = torch.randn(3, 32)
+            assert torch.equal(aware.lens.logits(site, h, states[site]), plain.lens.logits(site, h))
+    assert "kept the plain translator" in "\n".join(training_lines(found, "kl"))
+    again = train_lens(mamba, mamba_text, out=tmp_path, sites=(0, 1), state=True, config=config)["state"]
+    assert again.sites == aware.sites
 
 
 def test_measured_shown_and_written_from(mamba: Subject, mamba_text: LensText) -> None:

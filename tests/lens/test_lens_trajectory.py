@@ -63,6 +63,14 @@ def test_sites_and_prompts_that_are_refused(llama: Subject) -> None:
     assert prediction_trajectory(LogitLens(llama), PROMPT, sites=(0,)).sites == (0, 2)
 
 
+def test_texts_longer_than_the_model_reads_are_refused(llama: Subject) -> None:
+    most = llama.model.config.max_position_embeddings
+    with pytest.raises(InputError, match=f"reads up to {most} tokens at once, got {most + 1}"):
+        prediction_trajectory(LogitLens(llama), [5] * (most + 1))
+    with pytest.raises(InputError, match=f"reads up to {most} tokens at once, got {most + 2}"):
+        generate_from_site(LogitLens(llama), 0, [5] * (most - 1), n=4)
+
+
 class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -119,6 +127,13 @@ def test_pictures_are_written_by_the_paths_ending(found: Trajectory, tmp_path: P
 def test_a_png_is_written(found: Trajectory, tmp_path: Path) -> None:
     found.write(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_a_prompt_too_long_for_a_png_is_refused(found: Trajectory, tmp_path: Path) -> None:
+    import dataclasses
+
+    with pytest.raises(InputError, match="at most 500 tokens, the prompt has 600"):
+        dataclasses.replace(found, tokens=found.tokens * 100).write(tmp_path / "a.png")
 
 
 def test_a_png_without_matplotlib_says_what_to_install(

@@ -20,6 +20,8 @@ from exegete.errors import ConfigError
 
 def run(options: argparse.Namespace) -> int:
     """Carry out the chosen command."""
+    from exegete.cli import elk, lens, steer
+
     return {
         "demo": _demo,
         "run": _run,
@@ -36,6 +38,9 @@ def run(options: argparse.Namespace) -> int:
         "records": _records,
         "llm": _llm,
         "status": _status,
+        "steer": steer.run,
+        "lens": lens.run,
+        "elk": elk.run,
     }[options.command](options)
 
 

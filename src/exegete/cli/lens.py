@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from exegete.cli.bars import progress_for
 from exegete.cli.lens_options import add_parsers as add_parsers
 from exegete.cli.options import given
 from exegete.config import CorpusConfig, ExampleConfig, RunConfig
-from exegete.errors import ConfigError, InputError
+from exegete.errors import ConfigError, InputError, MismatchError
 
 if TYPE_CHECKING:
     from exegete.lens import Lens, LensText
@@ -91,10 +92,11 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     settings = _settings(options)
     _require_text(settings)
+    split, corpus_hash = _split(options, list(settings.corpus.text))
+    settings = _settings(options, split.get("corpus"))
     subject = _subject(options, settings)
     lenses = _lenses(subject, options.lens)
-    split = _split(options)
-    part: Part = options.part or ("test" if split and split["text"] == list(settings.corpus.text) else "all")
+    part: Part = options.part or ("test" if split else "all")
     with tempfile.TemporaryDirectory(prefix="exegete-lens-") as folder:
         text = _text(
             settings,
@@ -103,7 +105,13 @@ def _evaluate(options: argparse.Namespace) -> int:
             validation=split.get("validation_share", 0.1),
             test=split.get("test_share", 0.2),
             seed=split.get("seed"),
+            duplicates=split.get("duplicates", 0.8),
         )
+        if split and part in ("test", "validation") and text.corpus.hash != corpus_hash:
+            raise MismatchError(
+                f"the text is not the one that the lens was trained on, in the same rows, so its {part} part may hold "
+                "text that the lens has seen; name text and rows as for training, or measure with --part all"
+            )
         found = evaluate_lenses(
             lenses,
             text,
@@ -173,6 +181,8 @@ def _convert(options: argparse.Namespace) -> int:
     settings = _settings(options)
     subject = _subject(options, settings)
     lens = load_lens(options.lens, subject, first_site=options.first_site)
+    if options.to == "exegete" and (options.lens / "lens.json").is_file():
+        raise InputError(f"{options.lens} has that form already; copy the folder")
     if any((options.out / name).exists() for name in ("lens.json", "config.json", "params.pt")):
         raise InputError(f"{options.out} holds a lens already; give a new folder")
     if options.to == "tuned-lens":
@@ -202,9 +212,14 @@ def _latents(options: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace) -> RunConfig:
-    """Return the settings given; the window of examples, which nothing here has, fits rows of any length."""
+def _settings(options: argparse.Namespace, corpus: Mapping[str, Any] | None = None) -> RunConfig:
+    """Return the settings given, over those of a ``corpus``.
+
+    The window of examples, which nothing here has, fits rows of any length.
+    """
     named = given(options)
+    if corpus:
+        named["corpus"] = {**corpus, **named.get("corpus", {})}
     length = named.get("corpus", {}).get("row_length", CorpusConfig().row_length)
     window = max(1, min(ExampleConfig().window, length - 1))
     return RunConfig.from_dict({**named, "examples": {"window": window}})
@@ -229,7 +244,14 @@ def _subject(options: argparse.Namespace, settings: RunConfig) -> Subject:
 
 
 def _text(
-    settings: RunConfig, subject: Subject, folder: Path, *, validation: float, test: float, seed: int | None = None
+    settings: RunConfig,
+    subject: Subject,
+    folder: Path,
+    *,
+    validation: float,
+    test: float,
+    seed: int | None = None,
+    duplicates: float = 0.8,
 ) -> LensText:
     from exegete.lens import LensText
     from exegete.store.corpus import build_corpus
@@ -243,7 +265,7 @@ def _text(
         table=subject.token_table(),
     )
     chosen = settings.seed if seed is None else seed
-    return LensText(corpus, seed=chosen, validation_share=validation, test_share=test)
+    return LensText(corpus, seed=chosen, validation_share=validation, test_share=test, duplicates=duplicates)
 
 
 def _lenses(subject: Subject, folders: list[Path]) -> dict[str, Lens]:
@@ -266,16 +288,31 @@ def _one_lens(subject: Subject, folder: Path | None) -> Lens:
     return LogitLens(subject) if folder is None else load_lens(folder, subject)
 
 
-def _split(options: argparse.Namespace) -> dict[str, Any]:
-    """Return how the text was split that the first lens of this project's own was trained on."""
+def _split(options: argparse.Namespace, text: list[str]) -> tuple[dict[str, Any], str]:
+    """Return how the text was split that lenses of this project's own were trained on, and the hash of its rows.
+
+    Nothing where none was trained on this text. Raises MismatchError when they were trained on several splits of it,
+    since what one may be measured on another has seen.
+    """
     from exegete.lens.files import lens_facts
 
+    shares = dict.fromkeys(("validation_share", "test_share", "duplicates"), (int, float))
+    kinds: dict[str, type | tuple[type, ...]] = {**shares, "seed": int, "corpus": dict}
+    found: dict[str, Any] = {}
+    known = ""
     for folder in options.lens:
-        if (folder / "lens.json").is_file():
-            found = lens_facts(folder).get("training", {}).get("text")
-            if isinstance(found, dict) and {"text", "seed", "validation_share", "test_share"} <= set(found):
-                return found
-    return {}
+        training = lens_facts(folder).get("training") if (folder / "lens.json").is_file() else None
+        if not isinstance(training, dict) or not isinstance(training.get("text"), dict):
+            continue
+        own = {name: value for name, value in training["text"].items() if name in (*kinds, "text")}
+        if own.get("text") != text or not all(isinstance(own.get(name), kind) for name, kind in kinds.items()):
+            continue
+        key = training.get("key")
+        rows = str(key.get("corpus")) if isinstance(key, dict) else ""
+        if found and (own, rows) != (found, known):
+            raise MismatchError("the lenses were trained on different parts of this text; measure each by itself")
+        found, known = own, rows
+    return found, known
 
 
 def _prompt(options: argparse.Namespace, subject: Subject) -> list[int]:

@@ -67,7 +67,7 @@ def _evaluate(parser: Parser) -> None:
         choices=("test", "validation", "train", "all"),
         help="documents to measure on (default: test on the text a lens was trained on, else all)",
     )
-    parser.add_argument("--tokens", type=integer, metavar="N", help="most predictions (default: all)")
+    parser.add_argument("--tokens", type=integer, metavar="N", help="predictions, up to a row more (default: all)")
     parser.add_argument("--transfer", action="store_true", help="every site's lens on every other site's stream")
     parser.add_argument(
         "--reference",

@@ -94,7 +94,7 @@ def build_parser() -> Parser:
     demo = command("demo", "Run the whole pipeline on the embedded default: no network, GPU or key.")
     demo.add_argument("--recurrent", action="store_true", help="the small Mamba instead of the transformer")
     demo.add_argument("--out", type=Path, help="run folder (default: runs/demo, or runs/demo-recurrent)")
-    _add_settings(
+    add_settings(
         demo,
         only={
             "latents.count",
@@ -119,20 +119,20 @@ def build_parser() -> Parser:
         "random:ARCHITECTURE,width=N; NAME= before one names it",
     )
     run.add_argument("--out", type=Path, required=True, help="run folder")
-    _add_settings(run)
+    add_settings(run)
 
     collect = command("collect", "Collect the firings of coders over a corpus into a run folder.")
     collect.add_argument("what", nargs="+", metavar="CONFIG.yaml | MODEL CODER", help="as for run")
     collect.add_argument("--out", type=Path, required=True, help="run folder")
-    _add_settings(collect)
+    add_settings(collect)
 
     explain = command("explain", "Explain the latents of a collected run.")
     explain.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    _add_settings(explain, groups=("examples.", "latents.", "llm."), only={"explainer", "seed"})
+    add_settings(explain, groups=("examples.", "latents.", "llm."), only={"explainer", "seed"})
 
     score = command("score", "Score the explanations of a run.")
     score.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    _add_settings(score, groups=("scoring.", "llm."), only={"scorers", "donors", "explainer"})
+    add_settings(score, groups=("scoring.", "llm."), only={"scorers", "donors", "explainer"})
 
     report = command("report", "Write a run's report and print its table.")
     report.add_argument("run", type=Path, metavar="RUN", help="run folder")
@@ -162,7 +162,7 @@ def build_parser() -> Parser:
 
     inspect = command("inspect", "Say what a coder is, or the coders of a repository, without loading weights.")
     inspect.add_argument("coder", metavar="CODER", help="PATH[:SUB], a hub id ORG/NAME[:SUB], or saelens:RELEASE:ID")
-    _add_settings(inspect, only={"hookpoints"})
+    add_settings(inspect, only={"hookpoints"})
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
     store = command("store", "Work on the firings of a collected run.")
@@ -178,7 +178,7 @@ def build_parser() -> Parser:
 
     plan = command("plan", "Say what a run will ask of its language model and what that costs; nothing is run or sent.")
     plan.add_argument("what", nargs="+", metavar="RUN | CONFIG.yaml | MODEL CODER", help="a run folder, or as for run")
-    _add_settings(plan)
+    add_settings(plan)
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     export = command("export", "Write a run in a form that other tools read.")
@@ -198,18 +198,24 @@ def build_parser() -> Parser:
 
     llm = command("llm", "Ask a language model's server what it can do: logprobs, prompt logprobs, JSON schemas.")
     llm.add_argument("model", metavar="LLM", help="URL#MODEL, openai/MODEL, openrouter/ORG/MODEL, hf/MODEL, vllm/MODEL")
-    _add_settings(llm, only={"llm.timeout", "llm.prices"})
+    add_settings(llm, only={"llm.timeout", "llm.prices"})
     llm.add_argument("--json", action="store_true", help="print JSON")
 
     status = command("status", "Say what of a run is done, failed and skipped.")
     status.add_argument("run", type=Path, metavar="RUN", help="run folder")
     status.add_argument("--json", action="store_true", help="print JSON")
+
+    from exegete.cli import elk, lens_options, steer
+
+    for second in (steer, lens_options, elk):
+        second.add_parsers(commands, [common])
     return parser
 
 
-def _add_settings(
+def add_settings(
     parser: argparse.ArgumentParser, *, groups: tuple[str, ...] = ("",), only: set[str] | None = None
 ) -> None:
+    """Add options for settings of the configuration to a command: those named, and those of some groups."""
     chosen = groups if only is None else tuple(g for g in groups if g)
     for name, flag, hint, text in fields():
         wanted = (only is not None and name in only) or any(name.startswith(g) for g in chosen)
@@ -244,10 +250,10 @@ def _argument(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     names = {int: "N", float: "X", str: "TEXT"}
-    return {"type": _integer if hint is int else hint, "metavar": names[hint]}
+    return {"type": integer if hint is int else hint, "metavar": names[hint]}
 
 
-def _integer(text: str) -> int:
+def integer(text: str) -> int:
     """Read 500000, 500_000 or 500k / 2M."""
     scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
     body = text[:-1] if scale > 1 else text

@@ -103,7 +103,6 @@ def export_lens(lens: TunedLens, folder: str | Path, *, revision: str | None = N
     if lens.last in lens.sites:
         raise InputError(f"the tuned-lens package has no translator of site {lens.last}, the last block's output")
     d = int(lens.readout.unembedding.shape[1])
-    bias = any(t.bias is not None for t in lens.translators.values())
     params: dict[str, torch.Tensor] = {}
     missing = []
     for entry in range(lens.last + 1):
@@ -111,9 +110,9 @@ def export_lens(lens: TunedLens, folder: str | Path, *, revision: str | None = N
         if own is None:
             missing.append(entry - 1)
         params[f"{entry}.weight"] = torch.zeros(d, d) if own is None else own.weight.detach().cpu().float()
-        if bias:
-            held = None if own is None else own.bias
-            params[f"{entry}.bias"] = torch.zeros(d) if held is None else held.detach().cpu().float()
+        # The package cannot make a lens without biases, so those that are not there are zero.
+        held = None if own is None else own.bias
+        params[f"{entry}.bias"] = torch.zeros(d) if held is None else held.detach().cpu().float()
     place = Path(folder)
     with atomic_file(place / _PARAMS[1]) as stream:
         torch.save(params, stream)
@@ -121,7 +120,7 @@ def export_lens(lens: TunedLens, folder: str | Path, *, revision: str | None = N
         "base_model_name_or_path": lens.subject.name,
         "d_model": d,
         "num_hidden_layers": lens.last + 1,
-        "bias": bias,
+        "bias": True,
         "base_model_revision": revision,
         "unembed_hash": lens.readout.hash,
         "lens_type": _TYPE,
@@ -191,7 +190,10 @@ def _load_package(place: Path, subject: Subject, first_site: int | None) -> Tune
     if config.get("unembed_hash") is None:
         log.warning("the lens in %s does not say which unembedding it was trained with; it is not checked", place)
     elif config["unembed_hash"] != readout.hash:
-        raise _other_unembedding(place, subject, made_for)
+        other = _other_unembedding(place, subject, made_for)
+        if subject.dtype != torch.float32:  # what is printed of a matrix can change with its rounding
+            raise MismatchError(f"{other}, or load it in the data type of that training, the hash depends on it")
+        raise other
     path = next(place / name for name in _PARAMS if (place / name).is_file())
     held = tensors(path)
     made: dict[int, Translator] = {}
@@ -206,8 +208,8 @@ def _load_package(place: Path, subject: Subject, first_site: int | None) -> Tune
         _fill(path, made[site], weights, site)
     if first_site is None and len(made) != n_blocks(subject):
         raise MismatchError(
-            f"{path} has {len(made)} entries, and {subject.name} {n_blocks(subject)} blocks; say which site its entry "
-            f"0 stands for (first_site: -1 the embedding, 0 the first block's output)"
+            f"{path} has {len(made)} entries, and {subject.name} {n_blocks(subject)} blocks; convert it and say which "
+            f"site its entry 0 stands for (first_site, --first-site: -1 the embedding, 0 the first block's output)"
         )
     return TunedLens(subject, made)
 
@@ -304,7 +306,11 @@ def _site_training(one: Mapping[str, Any]) -> SiteTraining:
         return math.nan if one[name] is None else float(one[name])
 
     return SiteTraining(
-        untrained=loss("untrained"), best=loss("best"), last=loss("last"), best_step=int(one["best_step"])
+        untrained=loss("untrained"),
+        best=loss("best"),
+        last=loss("last"),
+        best_step=int(one["best_step"]),
+        kept_plain=bool(one.get("kept_plain", False)),
     )
 
 

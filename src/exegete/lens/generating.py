@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from exegete.errors import InputError
+from exegete.lens.reading import require_room
 from exegete.lens.states import StateReader
 from exegete.lens.text import Batch
 from exegete.streams import stream
@@ -43,12 +44,14 @@ def generate_from_site(
         stop: A token that ends the text, and is not part of what is returned.
 
     Raises:
-        InputError: For an empty prompt or a temperature below 0; NotFoundError for a site that the lens does not have.
+        InputError: For an empty prompt, a text longer than the model reads, or a temperature below 0.
+        NotFoundError: For a site that the lens does not have.
     """
     if not len(tokens):
         raise InputError("the prompt holds no token; give some text")
     if n < 1 or not 0.0 <= temperature < float("inf"):
         raise InputError(f"n is at least 1 and the temperature at least 0, got {n} and {temperature}")
+    require_room(lens.subject, len(tokens) + n - 1)  # the last token written is not read
     draws = stream(seed, "lens generate", site)
     reader = StateReader(lens.subject, (site,)) if lens.reads_state(site) else None
     row = _Row(lens, site, reader)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, final
 import numpy as np
 
 from exegete.analysis.visible import visible_line, visible_token
-from exegete.errors import MissingExtraError
+from exegete.errors import InputError, MissingExtraError
 from exegete.files import atomic_file
 from exegete.types import Array
 
@@ -36,6 +36,7 @@ _STOPS: Final = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 18
 _LINES: Final = ("#c4500a", "#0b62a8", "#0a7d5c", "#7a3b1d", "#8a2be2")
 _FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
 _MONO: Final = "ui-monospace, Menlo, Consolas, 'Noto Sans Mono', 'DejaVu Sans Mono', monospace"
+_MOST_COLUMNS: Final = 500  # a PNG of matplotlib's has less than 2¹⁶ pixels a side
 _CELL_WIDTH, _CELL_HEIGHT, _MOST_CHARACTERS = 74.0, 22.0, 9
 
 
@@ -103,7 +104,14 @@ def trajectory_svg(found: Trajectory, colour: Colour) -> str:
 
 
 def trajectory_png(found: Trajectory, path: Path, colour: Colour) -> None:
-    """Write the picture as PNG. Raises MissingExtraError without matplotlib."""
+    """Write the picture as PNG.
+
+    Raises InputError for more tokens than one holds, MissingExtraError without matplotlib.
+    """
+    if len(found.tokens) > _MOST_COLUMNS:
+        raise InputError(
+            f"a PNG holds at most {_MOST_COLUMNS} tokens, the prompt has {len(found.tokens)}; write .html or .svg"
+        )
     try:
         figures, patches = import_module("matplotlib.figure"), import_module("matplotlib.patches")
         agg = import_module("matplotlib.backends.backend_agg")
@@ -111,10 +119,12 @@ def trajectory_png(found: Trajectory, path: Path, colour: Colour) -> None:
         raise MissingExtraError("writing PNG pictures", "plot") from None
     part, end = shares(found.values(colour), colour)
     rows, columns = part.shape
-    figure = figures.Figure(figsize=(1.1 + 0.74 * columns, 1.3 + 0.24 * rows), dpi=150)
+    title = visible_line(f"{found.subject} · {found.lens} lens · coloured by {TITLES[colour]}")
+    inches = max(1.1 + 0.74 * columns, 1.2 + 0.09 * len(title))  # a short prompt leaves room for the title
+    figure = figures.Figure(figsize=(inches, 1.3 + 0.24 * rows), dpi=150)
     agg.FigureCanvasAgg(figure)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    width, height = 1.1 / 0.74 + columns, 1.3 / 0.24 + rows
+    width, height = inches / 0.74, 1.3 / 0.24 + rows
     axes.set_xlim(-1.1 / 0.74 * 0.85, width - 1.1 / 0.74 * 0.85)
     axes.set_ylim(-3.1, height - 3.1)
     axes.axis("off")
@@ -129,8 +139,7 @@ def trajectory_png(found: Trajectory, path: Path, colour: Colour) -> None:
     for t, text in enumerate(found.texts):
         axes.text(t + 0.5, -0.55, _plain(clipped(text)), ha="center", va="center", fontsize=7.5, weight="bold")
     axes.text(-0.1, -0.55, "prompt", ha="right", va="center", fontsize=7.5, color="#5b606b")
-    title = _plain(visible_line(f"{found.subject} · {found.lens} lens · coloured by {TITLES[colour]}"))
-    axes.text(0, rows + 0.9, title, ha="left", va="center", fontsize=9)
+    axes.text(0, rows + 0.9, _plain(title), ha="left", va="center", fontsize=9)
     for i in range(32):
         axes.add_patch(patches.Rectangle((i * 0.09, -2.2), 0.09, 0.6, facecolor=shade(i / 31), linewidth=0))
     axes.text(0, -2.6, "0", ha="center", va="center", fontsize=7)

@@ -52,9 +52,11 @@ def read_pieces(
 ) -> Iterator[Piece]:
     """Yield the predictions of a batch in pieces; each row goes through the model once.
 
-    ``states`` has the states read as well. Raises InputError when a stream or logit is not finite.
+    ``states`` has the states read as well. Raises InputError when a stream or logit is not finite, or when rows are
+    longer than the model reads.
     """
     readout, last = read_out(subject), n_blocks(subject) - 1
+    require_room(subject, batch.tokens.shape[1])
     step = piece_size(subject, readout)
     each = (len(sites) + 1) * int(readout.unembedding.shape[1]) + sum(() if states is None else states.sizes.values())
     for part in batch.pieces(min(_PASS_TOKENS, _PASS_ENTRIES // each)):
@@ -78,6 +80,13 @@ def read_pieces(
             )
 
 
+def require_room(subject: Subject, length: int) -> None:
+    """Raise InputError for texts longer than the positions that a model says it has, where it says so."""
+    most = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and length > most:
+        raise InputError(f"{subject.name} reads up to {most} tokens at once, got {length}; give shorter texts or rows")
+
+
 def piece_size(subject: Subject, readout: Readout) -> int:
     """Return how many predictions are worked on at once, so that their logits stay within bounds."""
     most = _CPU_ENTRIES if subject.device.type == "cpu" else _GPU_ENTRIES
@@ -86,7 +95,7 @@ def piece_size(subject: Subject, readout: Readout) -> int:
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return −log p(label) in nats [n], of logits or log probabilities [n, V]."""
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="none")
 
 
 def divergence(target: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,11 @@ def training_lines(trained: Mapping[str, Trained], loss: str) -> list[str]:
             line = (
                 f"{kind:<8}{site:>6}{found.untrained:>12.4f}{found.best:>10.4f}{found.best_step:>11}{found.last:>11.4f}"
             )
-            lines.append(line + ("  kept the logit lens: training made it worse" if found.kept_identity else ""))
+            if found.kept_identity:
+                line += "  kept the logit lens: training made it worse"
+            elif found.kept_plain:
+                line += "  kept the plain translator: the state made it worse"
+            lines.append(line)
     return lines
 
 
@@ -124,8 +128,8 @@ def _comparison(found: Evaluation) -> list[str]:
         better = [s for s in found.sites if found.nats[name]["kl"][s].value <= found.nats[first]["kl"][s].value]
         sure = [s for s in found.sites if found.differences[name]["kl"][s].high < 0]
         worse = [s for s in found.sites if found.differences[name]["kl"][s].low > 0]
-        ratio = [found.nats[name]["kl"][s].value / found.nats[first]["kl"][s].value for s in found.sites]
-        known = sorted(value for value in ratio if math.isfinite(value))
+        pairs = [(found.nats[name]["kl"][s].value, found.nats[first]["kl"][s].value) for s in found.sites]
+        known = sorted(own / base for own, base in pairs if math.isfinite(own / base if base > 0 else math.nan))
         middle = known[len(known) // 2] if known else math.nan
         lines.append(
             f"{name}: KL at most that of {first} at {len(better)} of {len(found.sites)} sites (surely lower at "

@@ -60,10 +60,10 @@ class StateReader:
             if len(here):
                 state = running.state()
                 for site in wanted:
-                    parts[site].append(_numbers(state, site)[here.to(self._subject.device)])
+                    parts[site].append(_numbers(state, site)[here])
         row, column_of = batch.keep.T.nonzero().flip(1).unbind(1)  # in the order in which they were read
         order = torch.argsort(row * batch.keep.shape[1] + column_of)
-        return {site: torch.cat(read)[order.to(self._subject.device)] for site, read in parts.items()}
+        return {site: torch.cat(read)[order] for site, read in parts.items()}
 
 
 def _numbers(state: State, layer: int) -> torch.Tensor:

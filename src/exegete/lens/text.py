@@ -7,7 +7,7 @@ entropy are all taken over the same predictions, one for each token of text that
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal, final, get_args
 
@@ -79,8 +79,10 @@ class LensText:
         """Split the documents by a hash of seed and key, near-duplicates together, unless the source fixed a split.
 
         The split is made when a part other than ``all`` is first asked for; InputError is raised then when a part would
-        be empty. Raises InputError at once when a share is no share.
+        be empty. Raises InputError at once when a share is no share, or packed documents are to be read apart.
         """
+        if corpus.config.packing and corpus.config.attend == "document":
+            raise InputError("lenses read each row as a whole; pack with corpus.attend row, or do not pack")
         for name, share in (("validation_share", validation_share), ("test_share", test_share)):
             if not 0.0 < share < 1.0:
                 raise InputError(f"{name} lies between 0 and 1, got {share}")
@@ -91,6 +93,7 @@ class LensText:
             "validation_share": validation_share,
             "test_share": test_share,
             "duplicates": duplicates,
+            "corpus": {name: value for name, value in asdict(corpus.config).items() if name != "text"},
         }
         """What the split rests on, to make the same one again."""
         self._segments: Array = np.asarray(corpus.segments)

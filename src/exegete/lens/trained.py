@@ -16,13 +16,15 @@ class SiteTraining:
     """Losses of one site's translator on the validation part, nats per token.
 
     ``untrained`` is that of the identity (the logit lens), ``best`` that of the weights that were kept, from after
-    ``best_step`` steps, ``last`` that after the last step.
+    ``best_step`` steps, ``last`` that after the last step. ``kept_plain`` says of a state-aware lens that the weights
+    are those of the plain one trained beside it, which were better.
     """
 
     untrained: float
     best: float
     last: float
     best_step: int
+    kept_plain: bool = False
 
     @property
     def kept_identity(self) -> bool:

@@ -2,8 +2,9 @@
 
 Nothing grows with the number of sites but the translators and their optimizers: streams are captured once, logits exist
 for one site and a bounded number of predictions at a time. The validation part is looked at now and then, and of every
-translator the state that was best there is kept; the untrained one, which is the logit lens, stands first in line. So a
-tuned lens is nowhere worse than the logit lens on the validation part, and where training did not help it says so.
+translator the weights that were best there are kept; the untrained one, which is the logit lens, stands first in line,
+and the plain translator is a candidate for the state-aware one. So on the validation part a tuned lens is nowhere worse
+than the logit lens, a state-aware one nowhere worse than the plain one, and where training did not help it says so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from exegete.errors import InputError
+from exegete.errors import ConfigError, InputError
 from exegete.files import RunLock
 from exegete.lens.checkpoints import Checkpoint, clear_checkpoint, read_checkpoint, write_checkpoint
 from exegete.lens.files import load_lens, read_trained, save_lens
@@ -74,6 +75,8 @@ def train_lens(
         BusyError: When another process trains into the folder.
     """
     config = config or LensConfig()
+    if checkpoint_every < 1:
+        raise ConfigError(f"checkpoint_every is at least 1, got {checkpoint_every}")
     text = as_text(text, seed=config.seed)
     folder, shown = Path(out), progress or Silent()
     chosen = default_sites(subject) if sites is None else tuple(sorted(set(sites)))
@@ -90,7 +93,7 @@ def train_lens(
         "subject": subject.hash,
         "corpus": text.corpus.hash,
         "dtype": str(subject.dtype),
-        **{f"split_{name}": value for name, value in text.settings.items() if name not in ("text", "seed")},
+        **{f"split_{name}": v for name, v in text.settings.items() if name not in ("text", "seed", "corpus")},
         "split_seed": text.settings["seed"],
     }
     made = {"key": key, "text": text.settings}
@@ -199,10 +202,22 @@ class _Job:
             self._look()
 
     def finish(self) -> dict[str, Trained]:
-        """Put the best weights back and return the lenses with what happened at each site."""
-        for name, best in self._best.items():
-            self._translators[name].load_state_dict(best.weights)
-            self._translators[name].requires_grad_(False)
+        """Put the best weights back and return the lenses with what happened at each site.
+
+        The plain translator is a state-aware one that makes nothing of the state, so it stands in where it was better.
+        """
+        plain = {
+            (kind, site)
+            for (kind, site), best in self._best.items()
+            if kind == "state" and self._best["tuned", site].loss < best.loss
+        }
+        for (kind, site), translator in self._translators.items():
+            if (kind, site) in plain:
+                self._best[kind, site] = best = self._best["tuned", site]
+                translator.take_plain(best.weights)
+            else:
+                translator.load_state_dict(self._best[kind, site].weights)
+            translator.requires_grad_(False)
         return {
             kind: Trained(
                 lens=lens,
@@ -213,6 +228,7 @@ class _Job:
                         best=self._best[kind, site].loss,
                         last=self._last[kind, site],
                         best_step=self._best[kind, site].step,
+                        kept_plain=(kind, site) in plain,
                     )
                     for site in lens.sites
                 },
@@ -265,7 +281,7 @@ class _Job:
             loss = sums[name] / max(1, count)
             self._first.setdefault(name, loss)
             self._last[name] = loss
-            if name not in self._best or (math.isfinite(loss) and loss < self._best[name].loss):
+            if name not in self._best or (math.isfinite(loss) and not self._best[name].loss <= loss):
                 weights = {key: value.detach().cpu().clone() for key, value in translator.state_dict().items()}
                 self._best[name] = _Best(loss=loss, step=self.step, weights=weights)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from exegete.errors import InputError
-from exegete.lens.reading import entropy, piece_size
+from exegete.lens.reading import entropy, piece_size, require_room
 from exegete.lens.states import StateReader
 from exegete.lens.text import Batch
 from exegete.subjects.sites import residuals
@@ -85,7 +85,8 @@ class Trajectory:
     def write(self, path: str | Path, colour: Colour = "probability") -> None:
         """Write the picture as .html, .svg, .png or .json, by the path's ending.
 
-        Raises InputError for another ending, MissingExtraError for .png without matplotlib.
+        Raises InputError for another ending or more tokens than a .png holds, MissingExtraError for .png without
+        matplotlib.
         """
         from exegete.files import write_json, write_text
 
@@ -138,11 +139,13 @@ def prediction_trajectory(
         k: How many of the likeliest tokens to keep.
 
     Raises:
-        InputError: For an empty prompt; NotFoundError for sites that the lens does not have.
+        InputError: For a prompt that is empty or longer than the model reads.
+        NotFoundError: For sites that the lens does not have.
     """
     if not len(tokens):
         raise InputError("the prompt holds no token; give some text")
     subject, last = lens.subject, lens.last
+    require_room(subject, len(tokens))
     chosen = tuple(sorted({*(lens.sites if sites is None else sites), last}))
     ids = torch.tensor([list(tokens)])
     streams = residuals(subject, ids, chosen)

@@ -7,6 +7,7 @@ the block's recurrent state, zero at the start as well.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import final
 
 import torch
@@ -82,6 +83,15 @@ class Translator(torch.nn.Module):
     def linear(self, v: torch.Tensor) -> torch.Tensor:
         """Return v + W v [..., d]: how a direction, rather than a point, is translated."""
         return v.to(self.weight) + v.to(self.weight) @ self.weight.T
+
+    @torch.no_grad()
+    def take_plain(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take the weight and bias of a plain translator, and nothing of the state."""
+        self.weight.copy_(weights["weight"])
+        if self.bias is not None:
+            self.bias.copy_(weights["bias"])
+        if self.state is not None:
+            (self.state.full if self.state.rank is None else self.state.up).zero_()
 
     @property
     def is_identity(self) -> bool:

@@ -1,0 +1,84 @@
+"""AUROC with intervals clustered by base example, and resampling of base examples for what is made of several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from exegete.metrics import Interval, Observed
+from exegete.metrics.placing import ranked
+from exegete.streams import stream
+from exegete.types import Array
+
+DRAWS: Final = 1000
+_AT_ONCE: Final = 1 << 22
+
+
+def clustered_auroc(truth: Array, score: Array, place: Array, *, level: float = 0.95) -> Interval:
+    """Return the AUROC of scores [n] with its interval, rows of one base example (``place`` [n]) taken as related.
+
+    NaN where the rows are all true or all false.
+    """
+    n = len(truth)
+    observed = Observed(
+        truth=truth.astype(bool),
+        prediction=np.full(n, -1, np.int8),
+        score=score.astype(np.float64),
+        stratum=np.zeros(n, np.int8),
+        document=place.astype(np.int64),
+        probability=np.ones(n),
+        multiplicity=np.ones(n, np.int64),
+        activation=np.zeros(n),
+    )
+    return ranked(observed, level=level)["auroc"]
+
+
+def resampled(place: Array, draws: int, seed: int) -> Array:
+    """Return how often each row counts [draws, n] when its base examples are drawn anew with replacement."""
+    known, at = np.unique(place, return_inverse=True)
+    draw = stream(seed, "bootstrap", len(known))
+    counts = draw.multinomial(len(known), np.full(len(known), 1.0 / max(1, len(known))), size=draws)
+    weights: Array = counts[:, at]
+    return weights
+
+
+def weighted_aurocs(truth: Array, score: Array, weights: Array) -> Array:
+    """Return the AUROC of scores [n] under each row of weights [draws, n]; NaN where a class has none."""
+    order = np.argsort(score, kind="stable")
+    truth, score = truth[order], score[order]
+    starts = np.flatnonzero(np.append(True, score[1:] != score[:-1]))
+    found = np.empty(len(weights))
+    step = max(1, _AT_ONCE // max(1, len(truth)))
+    for at in range(0, len(weights), step):
+        part = weights[at : at + step][:, order].astype(np.float64)
+        positive = np.add.reduceat(part * truth, starts, axis=1)
+        negative = np.add.reduceat(part * ~truth, starts, axis=1)
+        below = np.cumsum(negative, axis=1) - 0.5 * negative
+        pairs = positive.sum(axis=1) * negative.sum(axis=1)
+        wins = (positive * below).sum(axis=1)
+        found[at : at + step] = np.divide(wins, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+    return found
+
+
+def bootstrap(value: float, drawn: Array, n: int, n_bases: int, *, level: float = 0.95) -> Interval:
+    """Return a value between the quantiles of what resampling gave; the whole line where that is undefined."""
+    kept = drawn[np.isfinite(drawn)]
+    if np.isnan(value) or len(kept) < len(drawn) / 2:
+        low = high = np.nan if np.isnan(value) else value
+        if not np.isnan(value):
+            low, high = -np.inf, np.inf
+    else:
+        low, high = np.quantile(kept, [0.5 - level / 2, 0.5 + level / 2])
+        low, high = min(low, value), max(high, value)
+    return Interval(value=value, low=float(low), high=float(high), method="bootstrap", n=n, n_documents=n_bases)
+
+
+def resampled_statistic(
+    statistic: Callable[[Array], Array], place: Array, *, draws: int = DRAWS, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Return a statistic of weighted rows with its interval; it maps weights [draws, n] to values [draws]."""
+    value = float(statistic(np.ones((1, len(place))))[0])
+    drawn = statistic(resampled(place, draws, seed))
+    return bootstrap(value, drawn, len(place), len(np.unique(place)), level=level)

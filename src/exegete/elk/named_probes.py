@@ -1,0 +1,88 @@
+"""The probes by name, and what each is fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, final
+
+from exegete.elk.facts import Feature
+from exegete.elk.probes import Discriminant, Logistic, MeanDifference, Probe, RandomDirections
+from exegete.elk.probes_pair import ContrastConsistent, ContrastPrincipal, VarianceInvariance
+from exegete.elk.whitening import Whitening
+from exegete.errors import unknown
+from exegete.types import Array
+
+RANK: Final = 256
+"""Vectors of more dimensions than ``WIDE`` are fitted on so many whitened principal components."""
+WIDE: Final = 1024
+_SINGLE: Final[tuple[Feature, ...]] = ("last", "state")
+_PAIRS: Final[tuple[Feature, ...]] = ("pair", "state-pair")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Making:
+    """What probes are made with.
+
+    Attributes:
+        rank: Of the whitening; None for none.
+        seed: Of what is random.
+        groups: Numbers [n] of the claims that the rows to fit on are wordings of; None where each is its own.
+        shared: The whitening, where it was found already.
+    """
+
+    rank: int | None = None
+    seed: int = 0
+    groups: Array | None = None
+    shared: Whitening | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """A kind of probe: the feature sets it reads, and how one is made; ``whitens`` where vectors side by side are."""
+
+    features: tuple[Feature, ...]
+    make: Callable[[Making], Probe]
+    whitens: bool = False
+
+
+def _logistic(on_pair: bool) -> Callable[[Making], Probe]:
+    return lambda m: Logistic(on_pair=on_pair, rank=m.rank, shared=m.shared)
+
+
+def _discriminant(on_pair: bool, shrinkage: float | None = 0.0) -> Callable[[Making], Probe]:
+    return lambda m: Discriminant(on_pair=on_pair, rank=m.rank, shared=m.shared, shrinkage=shrinkage)
+
+
+KINDS: Final[Mapping[str, Kind]] = {
+    "lr": Kind(features=_SINGLE, whitens=True, make=_logistic(False)),
+    "lr-on-pair": Kind(features=_PAIRS, whitens=True, make=_logistic(True)),
+    "mean-diff": Kind(features=_SINGLE, make=lambda m: MeanDifference()),
+    "mean-diff-on-pair": Kind(features=_PAIRS, make=lambda m: MeanDifference(on_pair=True)),
+    "lda": Kind(features=_SINGLE, whitens=True, make=_discriminant(False)),
+    "lda-on-pair": Kind(features=_PAIRS, whitens=True, make=_discriminant(True)),
+    "lda-shrunk": Kind(features=_SINGLE, whitens=True, make=_discriminant(False, None)),
+    "ccs": Kind(features=_PAIRS, make=lambda m: ContrastConsistent(rank=m.rank, seed=m.seed)),
+    "ccs-mean": Kind(features=_PAIRS, make=lambda m: ContrastConsistent(norm="mean", rank=m.rank, seed=m.seed)),
+    "ccs-mean-scale": Kind(
+        features=_PAIRS, make=lambda m: ContrastConsistent(norm="mean-scale", rank=m.rank, seed=m.seed)
+    ),
+    "crc": Kind(features=_PAIRS, make=lambda m: ContrastPrincipal(rank=m.rank)),
+    "vinc": Kind(features=_PAIRS, make=lambda m: VarianceInvariance(groups=m.groups, rank=m.rank)),
+    "random": Kind(features=_SINGLE, make=lambda m: RandomDirections(seed=m.seed)),
+}
+DEFAULT: Final = ("lr", "lr-on-pair", "mean-diff", "mean-diff-on-pair", "lda", "ccs", "crc", "vinc", "random")
+
+
+def kind_of(name: str) -> Kind:
+    """Return a kind of probe. Raises NotFoundError for another name."""
+    if name not in KINDS:
+        raise unknown("probe", name, KINDS)
+    return KINDS[name]
+
+
+def make_probe(name: str, making: Making | None = None) -> Probe:
+    """Return a probe that is not fitted yet. Raises NotFoundError for another name."""
+    return kind_of(name).make(making or Making())

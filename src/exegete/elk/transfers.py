@@ -1,0 +1,378 @@
+"""Does a probe fitted where the model says what is true still find it where the model says something else?
+
+A probe is fitted on rows of one pool, to what the model was trained to say there; it is tested on rows of another, of
+other claims, against the truth. What is fitted on Bob's rows is therefore fitted to Bob's labels.
+
+Sites are never chosen by test rows. A quarter of the base examples to fit on is held out, and a site is chosen by the
+AUROC there, against what was learned:
+
+- ``earliest``: the earliest informative one, the first whose AUROC above ½ is at least .95 of the best's, on held-out
+  rows of the source pool;
+- ``character``: the same on held-out rows of the source's character, easy and hard (for AE, on A): what is easy may be
+  read off at sites that know nothing of the rest;
+- ``best``: the best on held-out rows of the source pool;
+- ``target``: the best on held-out rows of the target pool against the truth, which takes knowing it there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, final
+
+import numpy as np
+
+from exegete.elk.facts import FILTERS, POOLS, Feature, Filter
+from exegete.elk.features import Extraction
+from exegete.elk.intervals import clustered_auroc
+from exegete.elk.named_probes import DEFAULT, RANK, WIDE, Making, kind_of, make_probe
+from exegete.elk.probes import Probe, column_aurocs
+from exegete.elk.whitening import Whitening, fit_whitening
+from exegete.errors import InputError, MismatchError, unknown
+from exegete.metrics import Interval
+from exegete.progress import Progress, Silent
+from exegete.types import Array
+
+Rule = Literal["earliest", "character", "best", "target"]
+RULES: Final[tuple[Rule, ...]] = ("earliest", "character", "best", "target")
+TRANSFERS: Final = (
+    *("A->A", "A->AH", "A->B", "A->BH", "B->B", "B->BH", "B->A", "AE->AE", "AE->AH", "AE->BH", "all->all", "all->BH"),
+)
+HELD_OUT: Final = 0.25
+_SHARE: Final = 0.95
+_QUANTILES: Final = (0.025, 0.25, 0.5, 0.75, 0.975)
+Name = tuple[Feature, str, str, int]
+"""Feature set, probe, source pool, site."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One probe at one site, tested on some rows of a target pool against the truth.
+
+    ``auroc`` has its interval clustered by base example; ``sign_free`` is max(AUROC, 1 − AUROC) with the direction as
+    it was found, of probes that do not learn (NaN of others). ``held_out`` is the AUROC on held-out rows of the source
+    pool against what was learned there. ``rules`` name those that choose this site. The model's own answer is the
+    feature ``output`` of the probe ``lm``, at no site.
+    """
+
+    feature: str
+    probe: str
+    source: str
+    target: str
+    site: int | None
+    which: Filter
+    auroc: Interval
+    sign_free: float
+    held_out: float
+    rules: tuple[Rule, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomRow:
+    """Random directions at one site: mean, quantiles (2.5, 25, 50, 75 and 97.5 %) and greatest of their AUROCs."""
+
+    feature: str
+    source: str
+    target: str
+    site: int
+    which: Filter
+    mean: float
+    quantiles: tuple[float, ...]
+    most: float
+    count: int
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Transfers:
+    """What became of all probes.
+
+    ``probes`` holds the fitted ones by (feature set, probe, source pool, site), ``sites`` the chosen site by (feature
+    set, probe, source, target) and rule, ``skipped`` what could not be done and why.
+    """
+
+    rows: tuple[Row, ...]
+    random: tuple[RandomRow, ...]
+    sites: Mapping[tuple[str, str, str, str], Mapping[Rule, int]]
+    probes: Mapping[Name, Probe]
+    skipped: tuple[str, ...]
+
+    def row(self, feature: str, probe: str, transfer: str, *, rule: Rule = "earliest", which: Filter = "all") -> Row:
+        """Return one row by names: of a transfer such as ``A->B``, at the site that a rule chose.
+
+        Raises NotFoundError where there is none.
+        """
+        for row in self.rows:
+            same = (row.feature, row.probe, f"{row.source}->{row.target}", row.which) == (
+                feature,
+                probe,
+                transfer,
+                which,
+            )
+            if same and (rule in row.rules or row.feature == "output"):
+                return row
+        known = {f"{r.feature} {r.probe} {r.source}->{r.target}" for r in self.rows}
+        raise unknown("result", f"{feature} {probe} {transfer}", known)
+
+
+def parse_transfer(text: str) -> tuple[str, str]:
+    """Return the pools of ``SOURCE->TARGET``. Raises InputError for anything else, NotFoundError for another pool."""
+    source, arrow, target = text.partition("->")
+    if not arrow:
+        raise InputError(f"a transfer is written SOURCE->TARGET, such as AE->BH, got {text!r}")
+    for pool in (source, target):
+        if pool not in POOLS:
+            raise unknown("pool", pool, POOLS)
+    return source, target
+
+
+def run_transfers(
+    fitted: Extraction,
+    tested: Extraction,
+    *,
+    probes: Sequence[str] = DEFAULT,
+    transfers: Sequence[str] = TRANSFERS,
+    held_out: float = HELD_OUT,
+    rank: int = RANK,
+    seed: int = 0,
+    level: float = 0.95,
+    progress: Progress | None = None,
+) -> Transfers:
+    """Fit probes at every site on one extraction and test them on another of the same model.
+
+    Args:
+        fitted: Rows to fit on and to choose sites by.
+        tested: Rows to test on, of other base examples.
+        probes: Names of ``KINDS``.
+        transfers: ``SOURCE->TARGET``, pools of ``POOLS``.
+        held_out: Share of the base examples of ``fitted`` that sites are chosen by.
+        rank: Whitened principal components that wide vectors are fitted on.
+        seed: Of what is random.
+        level: Of the intervals.
+        progress: Told of probes.
+
+    Raises:
+        MismatchError: For extractions of two models.
+        InputError: For base examples in both, or no probe that fits the features.
+    """
+    job = _Job(fitted, tested, held_out, rank, seed, level)
+    pools = [parse_transfer(text) for text in transfers]
+    names = [(f, p) for p in probes for f in kind_of(p).features if f in fitted.features and f in tested.features]
+    if not names:
+        raise InputError(
+            f"no probe of {', '.join(probes) or 'none'} reads what was extracted: {', '.join(fitted.features)}"
+        )
+    told = progress or Silent()
+    work = [(f, p, s, site) for f, p in names for s in dict.fromkeys(s for s, _ in pools) for site in job.sites_of(f)]
+    told.start("probe", len(work), "probes")
+    for name in work:
+        job.fit(name)
+        told.advance(1)
+    told.end()
+    for source, target in pools:
+        job.output(source, target)
+        for feature, probe in names:
+            job.test(feature, probe, source, target)
+    return job.result()
+
+
+@final
+class _Job:
+    """Probes under way."""
+
+    def __init__(
+        self, fitted: Extraction, tested: Extraction, held_out: float, rank: int, seed: int, level: float
+    ) -> None:
+        if fitted.subject != tested.subject:
+            raise MismatchError("the rows to fit on and to test on were extracted from two different models")
+        if set(fitted.facts.base.tolist()) & set(tested.facts.base.tolist()):
+            raise InputError("rows to fit on and to test on share base examples; extract two splits")
+        if not 0 < held_out < 1:
+            raise InputError(f"the held-out share lies between 0 and 1, got {held_out}")
+        self._fitted, self._tested = fitted, tested
+        self._rank, self._seed, self._level = rank, seed, level
+        self._apart = fitted.facts.held_out(held_out, seed)
+        self._groups = np.unique(
+            np.char.add(fitted.facts.base, np.where(fitted.facts.alice_speaks, "A", "B")), return_inverse=True
+        )[1]
+        self._places = tested.facts.places
+        self._probes: dict[Name, Probe] = {}
+        self._within: dict[Name, float] = {}
+        self._rows: list[Row] = []
+        self._random: list[RandomRow] = []
+        self._sites: dict[tuple[str, str, str, str], dict[Rule, int]] = {}
+        self._skipped: dict[str, None] = {}
+        self._shared: dict[tuple[str, str, int], Whitening] = {}
+
+    def sites_of(self, feature: Feature) -> tuple[int, ...]:
+        """Return the sites that both extractions have."""
+        return tuple(sorted(set(self._fitted.features[feature]) & set(self._tested.features[feature])))
+
+    def fit(self, name: Name) -> None:
+        """Fit one probe, unless its pool has rows of one label alone."""
+        feature, probe, source, site = name
+        facts = self._fitted.facts
+        pool = facts.pool(source)
+        rows, apart = pool & ~self._apart, pool & self._apart
+        for part in (rows, apart):
+            if not facts.label[part].any() or facts.label[part].all():
+                self._skipped[f"{source}: its rows to fit on, or those held out, are of one label alone"] = None
+                return
+        x = self._fitted.features[feature][site]
+        made = make_probe(
+            probe,
+            Making(
+                rank=self._rank if x.shape[-1] > WIDE else None,
+                seed=self._seed,
+                groups=self._groups[rows],
+                shared=self._whitening(x[rows], name) if kind_of(probe).whitens and x.shape[-1] > WIDE else None,
+            ),
+        )
+        made.fit(x[rows], facts.label[rows])
+        made.resolve_sign(x[rows], facts.label[rows])
+        scores = made.log_odds(x[apart])
+        scores = scores if scores.ndim == 2 else scores[:, None]
+        self._within[name] = float(column_aurocs(facts.label[apart], scores).mean())
+        self._probes[name] = made
+
+    def _whitening(self, x: Array, name: Name) -> Whitening:
+        feature, _, source, site = name
+        if (feature, source, site) not in self._shared:
+            flat = x.reshape(len(x), -1).astype(np.float64)
+            self._shared[feature, source, site] = fit_whitening(flat, self._rank)
+        return self._shared[feature, source, site]
+
+    def output(self, source: str, target: str) -> None:
+        """Test the model's own answer."""
+        facts = self._tested.facts
+        for which in FILTERS:
+            rows = facts.pool(target) & facts.where(which)
+            found = clustered_auroc(
+                facts.alice[rows], self._tested.log_odds[rows], self._places[rows], level=self._level
+            )
+            self._rows.append(
+                Row(
+                    feature="output",
+                    probe="lm",
+                    source=source,
+                    target=target,
+                    site=None,
+                    which=which,
+                    auroc=found,
+                    sign_free=math.nan,
+                    held_out=math.nan,
+                    rules=(),
+                )
+            )
+
+    def test(self, feature: Feature, probe: str, source: str, target: str) -> None:
+        """Test one probe at every site on a target pool."""
+        sites = [site for site in self.sites_of(feature) if (feature, probe, source, site) in self._probes]
+        if not sites:
+            return
+        random = probe == "random"
+        chosen = {} if random else self._choose(feature, probe, source, target, sites)
+        if chosen:
+            self._sites[feature, probe, source, target] = chosen
+        pool = self._tested.facts.pool(target)
+        for site in sites:
+            made = self._probes[feature, probe, source, site]
+            scores = np.full(len(pool), np.nan)
+            x = self._tested.features[feature][site]
+            if random:
+                self._test_random(made, x, feature, source, target, site)
+                continue
+            scores[pool] = made.log_odds(x[pool])
+            for which in FILTERS:
+                rows = pool & self._tested.facts.where(which)
+                found = clustered_auroc(
+                    self._tested.facts.alice[rows], scores[rows], self._places[rows], level=self._level
+                )
+                free = math.nan if made.learns else max(found.value, 1.0 - found.value)
+                self._rows.append(
+                    Row(
+                        feature=feature,
+                        probe=probe,
+                        source=source,
+                        target=target,
+                        site=site,
+                        which=which,
+                        auroc=found,
+                        sign_free=free,
+                        held_out=self._within[feature, probe, source, site],
+                        rules=tuple(rule for rule, at in chosen.items() if at == site),
+                    )
+                )
+
+    def _test_random(self, made: Probe, x: Array, feature: str, source: str, target: str, site: int) -> None:
+        facts = self._tested.facts
+        for which in FILTERS:
+            rows = facts.pool(target) & facts.where(which)
+            aurocs = column_aurocs(facts.alice[rows], made.log_odds(x[rows]))
+            self._random.append(
+                RandomRow(
+                    feature=feature,
+                    source=source,
+                    target=target,
+                    site=site,
+                    which=which,
+                    mean=float(aurocs.mean()),
+                    quantiles=tuple(np.quantile(aurocs, _QUANTILES).tolist()),
+                    most=float(aurocs.max()),
+                    count=len(aurocs),
+                )
+            )
+
+    def _choose(self, feature: Feature, probe: str, source: str, target: str, sites: Sequence[int]) -> dict[Rule, int]:
+        within = {site: self._within[feature, probe, source, site] for site in sites}
+        chosen: dict[Rule, int] = {"earliest": earliest(within)}
+        facts = self._fitted.facts
+
+        def apart(pool: str, truth: Array) -> dict[int, float]:
+            rows = facts.pool(pool) & self._apart
+            return {
+                site: float(column_aurocs(truth[rows], self._odds((feature, probe, source, site), rows)[:, None])[0])
+                for site in sites
+            }
+
+        whole = source[0] if source[0] in "AB" else "all"
+        chosen["character"] = earliest(apart(whole, facts.label)) if whole != source else chosen["earliest"]
+        chosen["best"] = best(within)
+        there = apart(target, facts.alice)
+        if not any(map(math.isnan, there.values())):
+            chosen["target"] = best(there)
+        return chosen
+
+    def _odds(self, name: Name, rows: Array) -> Array:
+        feature, _, _, site = name
+        return self._probes[name].log_odds(self._fitted.features[feature][site][rows])
+
+    def result(self) -> Transfers:
+        """Return what was found."""
+        return Transfers(
+            rows=tuple(self._rows),
+            random=tuple(self._random),
+            sites=self._sites,
+            probes=self._probes,
+            skipped=tuple(self._skipped),
+        )
+
+
+def earliest(aurocs: Mapping[int, float]) -> int:
+    """Return the earliest informative site: the first whose AUROC − ½ is at least .95 of the best's.
+
+    The middle one of the sites where no AUROC is above ½.
+    """
+    sites = sorted(aurocs)
+    most = max(aurocs.values())
+    if not most > 0.5:
+        return sites[len(sites) // 2]
+    return next(site for site in sites if aurocs[site] - 0.5 >= _SHARE * (most - 0.5))
+
+
+def best(aurocs: Mapping[int, float]) -> int:
+    """Return the site with the greatest AUROC, the first of several."""
+    return max(sorted(aurocs), key=lambda site: aurocs[site])

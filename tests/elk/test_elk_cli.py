@@ -1,0 +1,92 @@
+"""``exegete elk`` from a set to probes, and its refusals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exegete.cli import elk
+from exegete.errors import ExegeteError, InputError, MismatchError, NotFoundError
+
+
+def run(*arguments: str) -> int:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-q", "--quiet", action="count", default=2)
+    parser = argparse.ArgumentParser()
+    elk.add_parsers(parser.add_subparsers(), [common])
+    return elk.run(parser.parse_args(["elk", *arguments]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, toys: Any) -> Path:
+    place = tmp_path_factory.mktemp("elk")
+    subject = toys.subject("mamba")
+    subject.model.save_pretrained(place / "model")
+    subject.tokenizer.save_pretrained(place / "model")
+    run("data", "addition", "--out", str(place / "set"), "--digits", "2",
+        "--train", "40", "--validation", "80", "--test", "60")  # fmt: skip
+    return place
+
+
+def test_from_a_set_to_probes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = {name: str(folder / name) for name in ("model", "set", "quirky", "held", "found")}
+    tuned = ("finetune", at["model"], at["set"], "--out", at["quirky"], "--lora-rank", "0", "--steps", "3")
+    assert run(*tuned, "--learning-rate", "1e-3", "--device", "cpu") == 0
+    model = f"{at['quirky']}/model"
+    extracted = ("extract", model, at["set"], "--out", at["held"], "--device", "cpu")
+    assert run(*extracted, "--validation", "150", "--test", "120") == 0
+    assert run(*extracted, "--validation", "150", "--test", "120") == 0
+    told = capsys.readouterr().out
+    assert "loss on the validation rows" in told
+    assert "AUROC of the model's answers against each character's" in told
+    assert told.count("already there") == 2
+    probed = ("probe", at["held"], "--out", at["found"], "--probes", "lr", "mean-diff", "crc", "--device", "cpu")
+    more = ("--transfers", "A->B", "B->B", "AE->BH", "--intervene", "last", "--random", "2", "--reference")
+    assert run(*probed, *more, "--model", model, "--data", at["set"]) == 0
+    told = capsys.readouterr().out
+    assert "A -> B: AUROC against the truth" in told
+    assert "reflected along a probe" in told
+    assert "published" in told
+    held = json.loads((folder / "found" / "probes.json").read_text())
+    assert {row["probe"] for row in held["interventions"]} == {"lr", "mean-diff"}
+    assert held["facts"]["extraction"]["key"]["data"]
+    with pytest.raises(MismatchError, match="is not the model"):
+        run(*probed, "--intervene", "last", "--model", at["model"], "--data", at["set"])
+    with pytest.raises(MismatchError, match="other settings"):
+        run("extract", at["model"], at["set"], "--out", at["held"], "--device", "cpu")
+
+
+def test_refusals_are_one_line(folder: Path, tmp_path: Path) -> None:
+    model, data, out = str(folder / "model"), str(folder / "set"), str(tmp_path / "out")
+    tuned = ("finetune", model, data, "--out", out, "--device", "cpu")
+    for arguments, kind, told in (
+        (("data", "capitals", "--out", out), InputError, "--files"),
+        (("data", "captals", "--out", out), NotFoundError, "addition"),
+        (("data", "nli", "--out", out, "--files", str(tmp_path), "--digits", "2"), InputError, "--digits"),
+        (("data", "squaring", "--out", out, "--digits", "1"), InputError, "9 different operands"),
+        ((*tuned, "--lora-targets", "dt_proj"), InputError, "dt_proj"),
+        (("extract", model, str(tmp_path), "--out", out), NotFoundError, "elk data"),
+        (("extract", model, data, "--out", out, "--sites", "7", "--device", "cpu"), NotFoundError, "sites"),
+        (("probe", str(tmp_path), "--out", out), NotFoundError, "elk extract"),
+        (("probe", str(tmp_path), "--out", out, "--intervene", "1"), InputError, "--model"),
+    ):
+        with pytest.raises(ExegeteError, match=told) as error:
+            run(*arguments)
+        assert isinstance(error.value, kind)
+        assert "\n" not in str(error.value)
+
+
+def test_the_parser_needs_no_torch() -> None:
+    import subprocess
+
+    code = (
+        "import argparse, sys; from exegete.cli import elk;"
+        "elk.add_parsers(argparse.ArgumentParser().add_subparsers());"
+        "heavy = {'torch', 'transformers', 'scipy', 'sklearn'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,275 @@
+"""Transfers, chosen sites, recovered gaps, anomalies and interventions, where the truth is planted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import xml.etree.ElementTree
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from exegete.elk import (
+    Extraction,
+    Transfers,
+    anomalies,
+    answer_log_odds,
+    extract,
+    intervene,
+    mean_share,
+    published,
+    recovered,
+    reference_lines,
+    run_transfers,
+    summary_lines,
+    write_probes,
+)
+from exegete.elk.anomaly import Mahalanobis
+from exegete.elk.gap import share
+from exegete.elk.intervals import bootstrap, clustered_auroc, resampled, weighted_aurocs
+from exegete.elk.intervention import Reflect
+from exegete.elk.transfers import best, earliest, parse_transfer
+from exegete.errors import InputError, MismatchError, NotFoundError
+from exegete.subjects.edits import edited
+from exegete.subjects.sites import residuals, site_point
+
+
+@pytest.fixture(scope="module")
+def extractions(toys: Any) -> tuple[Extraction, Extraction]:
+    return toys.planted(400, seed=1, prefix="v"), toys.planted(300, seed=2, prefix="t")
+
+
+@pytest.fixture(scope="module")
+def found(extractions: tuple[Extraction, Extraction]) -> Transfers:
+    names = ("lr", "lr-on-pair", "mean-diff", "crc", "random")
+    return run_transfers(*extractions, probes=names, transfers=("A->A", "A->B", "B->B", "B->A", "AE->BH", "all->all"))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4), st.integers(0, 3)), min_size=2, max_size=30))
+def test_weighted_auroc_counts_rows_as_often_as_they_weigh(rows: list[tuple[bool, int, int]]) -> None:
+    truth, score = np.array([r[0] for r in rows]), np.array([float(r[1]) for r in rows])
+    weights = np.array([[r[2] for r in rows], [1] * len(rows)])
+    for weight, value in zip(weights, weighted_aurocs(truth, score, weights), strict=True):
+        y, s = np.repeat(truth, weight), np.repeat(score, weight)
+        if len(np.unique(y)) < 2:
+            assert np.isnan(value)
+        else:
+            assert value == pytest.approx(roc_auc_score(y, s))
+
+
+def test_rows_of_a_base_example_are_drawn_together() -> None:
+    place = np.array([3, 5, 3, 5, 9])
+    weights = resampled(place, 200, 1)
+    assert (weights[:, 0] == weights[:, 2]).all()
+    assert (weights[:, 1] == weights[:, 3]).all()
+    assert (weights[:, [0, 1, 4]].sum(axis=1) == 3).all()
+    assert np.isinf(bootstrap(0.5, np.full(10, np.nan), 4, 2).low)
+    assert np.isnan(bootstrap(np.nan, np.ones(10), 4, 2).low)
+
+
+def test_intervals_are_wider_where_rows_belong_together() -> None:
+    draw = np.random.default_rng(0)
+    truth = draw.random(100) < 0.5
+    score = truth + draw.standard_normal(100)
+    one = clustered_auroc(truth, score, np.arange(100))
+    four = clustered_auroc(np.repeat(truth, 4), np.repeat(score, 4), np.repeat(np.arange(100), 4))
+    assert four.value == pytest.approx(roc_auc_score(truth, score))
+    assert four.low == pytest.approx(one.low, abs=0.01)
+    assert four.high == pytest.approx(one.high, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("aurocs", "first", "most"),
+    [
+        ({0: 0.5, 1: 0.90, 2: 0.91, 3: 0.89}, 1, 2),
+        ({-1: 0.95, 4: 1.0}, 4, 4),
+        ({-1: 0.976, 4: 1.0}, -1, 4),
+        ({0: 0.2, 1: 0.4, 2: 0.5, 3: 0.1}, 2, 2),
+    ],
+)
+def test_the_earliest_informative_site(aurocs: Mapping[int, float], first: int, most: int) -> None:
+    assert (earliest(aurocs), best(aurocs)) == (first, most)
+
+
+def test_a_probe_of_what_is_true_and_one_of_what_is_said(found: Transfers) -> None:
+    lies = found.row("output", "lm", "A->B")
+    assert found.row("output", "lm", "A->B", which="disagree").auroc.value == 0
+    assert found.row("output", "lm", "A->B", which="agree").auroc.value == 1
+    pair = found.row("pair", "lr-on-pair", "A->B")
+    assert pair.site == 1
+    assert pair.auroc.value > 0.9 > lies.auroc.value
+    assert pair.auroc.low < pair.auroc.value < pair.auroc.high
+    assert pair.auroc.n_documents == 300
+    # In Alice's rows the truth is also what is said, so that half of what a single vector learned goes with the lie.
+    assert 0.2 < found.row("last", "mean-diff", "A->B", which="disagree").auroc.value < 0.8
+    # On Bob's rows what is learned is what he says there, and on Alice's what she says, which is true.
+    assert found.row("last", "lr", "B->B", which="disagree").auroc.value < 0.1
+    assert found.row("last", "lr", "B->A", which="disagree").auroc.value > 0.9
+    assert found.row("last", "lr", "A->A").auroc.value > 0.97
+    assert np.isnan(pair.sign_free)
+    crc = found.row("pair", "crc", "A->B")
+    assert crc.sign_free == pytest.approx(max(crc.auroc.value, 1 - crc.auroc.value))
+
+
+def test_sites_are_chosen_without_test_rows(extractions: tuple[Extraction, Extraction], found: Transfers) -> None:
+    fitted, tested = extractions
+    assert found.sites["last", "lr", "A", "B"] == {"earliest": 1, "character": 1, "best": 1, "target": 1}
+    spoilt = Extraction(
+        subject=tested.subject,
+        data=tested.data,
+        facts=tested.facts,
+        log_odds=tested.log_odds,
+        features={kind: {0: x[1], 1: x[0]} for kind, x in tested.features.items()},
+    )
+    other = run_transfers(fitted, spoilt, probes=("lr",), transfers=("A->B",))
+    assert other.sites["last", "lr", "A", "B"] == found.sites["last", "lr", "A", "B"]
+    assert other.row("last", "lr", "A->B").auroc.value < 0.65
+
+
+def test_random_directions_are_told_apart(found: Transfers) -> None:
+    rows = [row for row in found.random if (row.source, row.target, row.which) == ("A", "A", "all")]
+    by = {row.site: row for row in rows}
+    assert by[0].mean < by[1].mean
+    assert by[1].count == 1000
+    assert list(by[1].quantiles) == sorted(by[1].quantiles)
+    assert not any(row.probe == "random" for row in found.rows)
+
+
+def test_what_cannot_be_run_is_refused(extractions: tuple[Extraction, Extraction], toys: Any) -> None:
+    fitted, tested = extractions
+    with pytest.raises(InputError, match="share base examples"):
+        run_transfers(fitted, fitted)
+    other = Extraction(
+        subject="another", data="", facts=tested.facts, log_odds=tested.log_odds, features=tested.features
+    )
+    with pytest.raises(MismatchError, match="two different models"):
+        run_transfers(fitted, other)
+    with pytest.raises(NotFoundError, match="lr-on-pair"):
+        run_transfers(fitted, tested, probes=("lr-on-pairs",))
+    with pytest.raises(InputError, match="SOURCE->TARGET"):
+        parse_transfer("A")
+    with pytest.raises(NotFoundError, match="pool"):
+        parse_transfer("A->C")
+    last = Extraction(
+        subject="subject",
+        data="",
+        facts=tested.facts,
+        log_odds=tested.log_odds,
+        features={"last": tested.features["last"]},
+    )
+    with pytest.raises(InputError, match="reads what was extracted"):
+        run_transfers(fitted, last, probes=("ccs",))
+    few = run_transfers(fitted.take(np.arange(4)), tested, probes=("lr",), transfers=("AE->BH",))
+    assert few.skipped
+
+
+def test_the_recovered_gap_by_hand(extractions: tuple[Extraction, Extraction], found: Transfers) -> None:
+    rows = recovered(found, extractions[1], draws=200)
+    row = next(r for r in rows if (r.probe, r.source, r.target, r.rule) == ("lr-on-pair", "A", "B", "earliest"))
+    floor = found.row("last", "lr", "B->B").auroc.value
+    ceiling = found.row("last", "lr", "A->A").auroc.value
+    own = found.row("pair", "lr-on-pair", "A->B").auroc.value
+    np.testing.assert_allclose([row.floor, row.ceiling, row.auroc], [floor, ceiling, own])
+    assert row.share.value == pytest.approx((own - floor) / (ceiling - floor))
+    assert row.share.low < row.share.value < row.share.high
+    assert np.isnan(share(np.array([0.5]), np.array([0.9]), np.array([0.8])))[0]
+    assert mean_share([0.7, 0.9], [0.5, 0.5], [0.9, 0.9]) == pytest.approx(0.75)
+    assert np.isnan(mean_share([], [], []))
+
+
+def test_distances_by_hand_and_anomalies_that_are_there(extractions: tuple[Extraction, Extraction]) -> None:
+    x = np.random.default_rng(0).standard_normal((500, 3)) @ np.array([[1.0, 0.8, 0], [0, 0.6, 0], [0, 0, 2]])
+    plain, less = Mahalanobis(), Mahalanobis(less_diagonal=True)
+    for made in (plain, less):
+        made.fit(x)
+    away = np.array([[1.0, -1.0, 0.5]]) - x.mean(axis=0)
+    covariance = np.cov(x, rowvar=False)
+    distance = (away @ np.linalg.solve(covariance, away.T)).item()
+    assert plain.unusual(away + x.mean(axis=0))[0] == pytest.approx(distance, rel=1e-3)
+    diagonal = (away**2 / np.diag(covariance)).sum()
+    assert less.unusual(away + x.mean(axis=0))[0] == pytest.approx(distance - diagonal, rel=1e-3)
+
+
+def test_anomalies_with_every_detector(extractions: tuple[Extraction, Extraction], found: Transfers) -> None:
+    detectors = ("mahalanobis", "mahalanobis-diagonal", "isolation-forest", "local-outliers")
+    rows = anomalies(found, extractions[1], detectors=detectors, draws=100)  # type: ignore[arg-type]
+    assert {row.detector for row in rows} == set(detectors)
+    assert {row.probe for row in rows} == {"lr", "mean-diff", "lr-on-pair", "crc"}
+    for row in rows:
+        assert row.auroc.low <= row.auroc.value <= row.auroc.high
+        assert row.sites == (0, 1)
+    with pytest.raises(NotFoundError, match="detector"):
+        anomalies(found, extractions[1], detectors=("forest",))  # type: ignore[arg-type]
+
+
+def test_reflection_by_hand(toys: Any) -> None:
+    subject, tokens = toys.subject("mamba"), torch.tensor([[1, 2, 3]])
+    unit, centre = np.eye(16)[2] * 3, np.full(16, 0.25)
+    clean = residuals(subject, tokens, (0,))[0]
+    with edited(subject, [Reflect(site_point(subject, 0), unit, centre)], slice(-1, None)):
+        turned = residuals(subject, tokens, (0,))[0]
+    wanted = clean.clone()
+    wanted[0, -1, 2] = 0.5 - clean[0, -1, 2]
+    torch.testing.assert_close(turned, wanted)
+    with pytest.raises(InputError, match="above 0"):
+        Reflect(site_point(subject, 0), np.zeros(16), centre)
+    with pytest.raises(MismatchError, match="3 dimensions"):
+        intervene(subject, toys.rows(2), np.ones(3), np.ones(3), 0)
+
+
+@pytest.mark.parametrize("family", ["mamba", "llama"])
+def test_answers_flip_when_the_direction_they_are_read_from_is_reflected(toys: Any, family: str) -> None:
+    """At the last site the answer is read off by the norm and the head, so reflecting along it turns the answers."""
+    subject, data = toys.subject(family), toys.rows(30, seed=3)
+    found = extract(subject, data, features=("last",))
+    head = subject.model.get_output_embeddings().weight
+    direction = (head[13] - head[12]).detach().numpy().astype(np.float64)
+    centre = np.zeros(16)
+    own = intervene(subject, data, direction, centre, 1, random=4, draws=100)
+    assert own.flipped.value == 1.0
+    assert own.moved.value > 0
+    assert max(own.random_flipped) < 1.0
+    assert len(own.random_moved) == 4
+    assert own.before.value == pytest.approx(roc_auc_score(data.facts.alice, found.log_odds))
+    assert own.after.value == pytest.approx(1 - own.before.value, abs=1e-6)
+    np.testing.assert_allclose(answer_log_odds(subject, data), found.log_odds, atol=1e-6)  # nothing was left behind
+    with pytest.raises(InputError, match="has no rows"):
+        intervene(subject, data.take(np.array([0])), direction, centre, 1, pool="B")
+
+
+def test_tables_figures_and_words(extractions: tuple[Extraction, Extraction], found: Transfers, tmp_path: Path) -> None:
+    shares = recovered(found, extractions[1], draws=50)
+    odd = anomalies(found, extractions[1], draws=50)
+    files = write_probes(found, tmp_path, shares=shares, anomalies=odd, facts={"seed": 0})
+    rows = list(csv.DictReader((tmp_path / "transfers.csv").read_text().splitlines()))
+    assert len(rows) == len(found.rows)
+    first = next(r for r in rows if r["feature"] == "pair" and r["which"] == "all" and "earliest" in r["rules"])
+    own = found.row("pair", first["probe"], f"{first['source']}->{first['target']}")
+    assert float(first["auroc"]) == own.auroc.value
+    assert int(first["auroc_bases"]) == own.auroc.n_documents
+    held = json.loads((tmp_path / "probes.json").read_text())
+    assert len(held["recovered"]) == len(shares)
+    assert held["facts"] == {"seed": 0}
+    pictures = [path for path in files if path.suffix == ".svg"]
+    assert {path.name for path in pictures} >= {"grid.svg", "sites-A-B.svg", "sites-AE-BH.svg"}
+    for path in pictures:
+        xml.etree.ElementTree.parse(path)
+    text = "\n".join(summary_lines(found, shares=shares, anomalies=odd))
+    assert "A -> B" in text
+    assert "pair lr-on-pair, site 1" in text
+    assert "the model's answer" in text
+
+
+def test_published_numbers_stand_beside_ones_own(extractions: tuple[Extraction, Extraction], found: Transfers) -> None:
+    lines = "\n".join(reference_lines(recovered(found, extractions[1], draws=50)))
+    assert "published 0.89" in lines
+    assert "this run" in lines
+    assert "no number of it is quoted" in lines
+    assert published()["shares_by_model"]["Mistral 7b"] == 0.63
