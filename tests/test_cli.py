@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from exegete.cli.options import build_parser, fields, given
 from exegete.config import RunConfig
 
 COMMANDS = ("demo", "run", "collect", "explain", "score", "report", "status")
+SECOND = ("steer", "lens", "elk")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
@@ -54,7 +56,7 @@ def test_help_is_quick_and_names_every_command() -> None:
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "exegete", "--help"], capture_output=True, text=True, check=True)
     seconds = time.monotonic() - begun
-    for command in COMMANDS:
+    for command in (*COMMANDS, *SECOND):
         assert command in done.stdout
     assert seconds < 30, "the machine is stuck"
 
@@ -65,6 +67,19 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         main([command, "--help"])
     assert stop.value.code == 0
     assert "--verbose" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", SECOND)
+def test_every_verb_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    verbs = re.findall(r"^    ([a-z]+)  ", capsys.readouterr().out, re.MULTILINE)
+    assert len(verbs) >= 4
+    for verb in verbs:
+        with pytest.raises(SystemExit) as stop:
+            main([command, verb, "--help"])
+        assert stop.value.code == 0
+        assert "--verbose" in capsys.readouterr().out
 
 
 def test_every_setting_has_a_flag_and_a_help_text() -> None:
@@ -149,6 +164,14 @@ def test_bad_input_is_one_line_and_nothing_half_written(
         assert "not a run folder" in refused(capsys, command, tmp_path / "none")
     assert not (out / "manifest.json").exists()
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_place_that_cannot_be_written_is_refused_in_one_line(
+    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = toy_arguments(toy_folder, tmp_path / "file" / "run")
+    assert str(tmp_path / "file") in refused(capsys, "run", *arguments)
 
 
 def test_a_coder_that_does_not_fit_is_refused_with_both_sizes(

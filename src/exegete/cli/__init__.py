@@ -35,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a folder that cannot be made, a file that may not be written, a full disk
+        if error.filename is None:
+            raise
+        print(f"exegete: {error.filename}: {error.strerror}; choose another place", file=sys.stderr)  # noqa: T201
+        return 2
 
 
 def _configure(options: argparse.Namespace) -> None:
