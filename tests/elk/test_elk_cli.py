@@ -57,6 +57,10 @@ def test_from_a_set_to_probes(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert held["facts"]["extraction"]["key"]["data"]
     with pytest.raises(MismatchError, match="is not the model"):
         run(*probed, "--intervene", "last", "--model", at["model"], "--data", at["set"])
+    run("data", "addition", "--out", str(folder / "words"), "--digits", "2", "--wording", "standardised",
+        "--train", "40", "--validation", "80", "--test", "60")  # fmt: skip
+    with pytest.raises(MismatchError, match="other words"):
+        run(*probed, "--intervene", "last", "--model", model, "--data", str(folder / "words"))
     with pytest.raises(MismatchError, match="other settings"):
         run("extract", at["model"], at["set"], "--out", at["held"], "--device", "cpu")
 

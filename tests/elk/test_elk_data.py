@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exegete.elk import encode, load_questions, quirky_set, quirky_sets, read_published, save_questions
+from exegete.elk import encode, load_extraction, load_questions, quirky_set, quirky_sets, read_published, save_questions
 from exegete.elk.arithmetic import OPERATIONS, arithmetic
 from exegete.elk.encoding import Encoded, by_length
 from exegete.elk.facts import Facts, quantiles
 from exegete.elk.questions import Questions
 from exegete.elk.templates import templates
 from exegete.errors import CorruptError, InputError, NotFoundError
+from exegete.store.checks import write_manifest
 
 CLAIMS: Mapping[str, str] = {
     "addition": "op1 + op2",
@@ -198,6 +199,42 @@ def test_quantiles_that_are_no_ranks_are_computed_anew(tmp_path: Path, caplog: p
     assert all(row.quantile == pytest.approx((row.difficulty + 0.5) / 30) for row in everyone)
 
 
+def test_quantiles_beyond_one_are_computed_anew_where_all_are_as_hard(tmp_path: Path) -> None:
+    rows = [raw(i, "Alice", difficulty=1.0, difficulty_quantile=9.0) for i in range(5)]
+    made = read_published("hemisphere", write(tmp_path / "a.jsonl", rows))
+    assert {row.quantile for part in made.splits.values() for row in part} == {0.5}
+
+
+def test_statements_with_the_id_of_their_claim_or_twice_get_ids_of_their_own(tmp_path: Path) -> None:
+    rows = [
+        raw(i, who, id=f"claim {i}", statement=words.format(who), choices=[" No", " Yes"])
+        for i in range(4)
+        for who, words in (("Alice", "Does {} agree?"), ("Bob", "Ask {}:"))
+    ]
+    made = read_published("hemisphere", write(tmp_path / "train.jsonl", rows + rows))
+    everyone = [row for part in made.splits.values() for row in part]
+    assert len(everyone) == len({row.id for row in everyone}) == 8
+    assert len({row.base for row in everyone}) == 4  # by what is claimed, whichever words it is in
+    for split in made.splits:
+        made.facts(split)
+
+
+def test_squaring_has_fewer_claims_by_default() -> None:
+    assert {split: len(rows) for split, rows in quirky_set("squaring").splits.items()} == {
+        "train": 40_000,
+        "validation": 8_000,
+        "test": 8_000,
+    }
+
+
+@pytest.mark.parametrize("held", [{}, {"splits": {"train": 3}, "name": "x", "wording": "y"}, {"splits": []}])
+def test_a_manifest_that_is_none_is_refused(tmp_path: Path, held: dict[str, Any]) -> None:
+    for name, load in (("quirky", load_questions), ("extraction", lambda place: load_extraction(place, "train"))):
+        write_manifest(tmp_path / f"{name}.json", {"format": 1, **held})
+        with pytest.raises(CorruptError, match="no manifest"):
+            load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -224,6 +261,14 @@ def test_spoken_rows_that_do_not_fit_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=told):
             read_published("nli", write(tmp_path / "a.jsonl", [{**fine, **change}]))
+    for change, told in (
+        ({"difficulty": 10**400}, "difficulty is a number"),
+        ({"statement": "Alice \ud800?"}, "half a character"),
+    ):
+        with pytest.raises(InputError, match=told):
+            read_published("nli", write(tmp_path / "a.jsonl", [{**fine, **change}]))
+    with pytest.raises(InputError, match="other labels"):
+        read_published("nli", write(tmp_path / "a.jsonl", [fine, {**fine, "bob_label": 0}]))
     (tmp_path / "b.jsonl").write_text("{")
     with pytest.raises(CorruptError, match=r"b\.jsonl:1"):
         read_published("nli", tmp_path / "b.jsonl")

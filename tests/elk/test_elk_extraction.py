@@ -77,6 +77,13 @@ def test_some_components_of_the_state_and_what_cannot_be_had(toys: Any) -> None:
     assert {at: x.shape for at, x in conv.features["state"].items()} == {1: (12, 32 * 4)}
     with pytest.raises(InputError, match="carries no recurrent state"):
         extract(toys.subject("llama"), data, features=("state",))
+    with pytest.raises(InputError, match="no rows"):
+        extract(mamba, data.take(np.arange(0)))
+    broken = toys.subject("mamba")
+    with torch.no_grad():
+        broken.model.get_input_embeddings().weight[10:12] = float("inf")
+    with pytest.raises(InputError, match="NaN or infinity"):
+        extract(broken, data)
     with pytest.raises(InputError, match="take fewer rows"):
         extract(mamba, data, most_bytes=100)
     with pytest.raises(NotFoundError, match="state-pair"):

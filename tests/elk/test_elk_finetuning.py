@@ -45,6 +45,9 @@ def test_labels_are_balanced_for_each_character(toys: Any) -> None:
     for alice in (True, False):
         mine = rows.label[rows.alice_speaks == alice]
         assert mine.sum() * 2 == len(mine) > 0
+    one = np.flatnonzero(facts.alice_speaks | facts.label)
+    with pytest.raises(InputError, match="all rows of Bob"):
+        learned(data.take(one), FinetuneConfig())
     only = learned(data, FinetuneConfig(pool="B", balance=False)).facts
     np.testing.assert_array_equal(only.id, facts.id[~facts.alice_speaks])
 
@@ -163,6 +166,8 @@ def test_adapters_go_where_they_work(toys: Any) -> None:
         lora_targets(toys.subject("mamba").model, ("in_proj", "dt_proj"))
     with pytest.raises(InputError, match=r"it has: .*in_proj"):
         lora_targets(toys.subject("mamba").model, ("q_proj",))
+    with pytest.raises(InputError, match="no linear module named lm_head"):  # no block has it
+        lora_targets(toys.subject("mamba").model, ("in_proj", "lm_head"))
     strange = toys.subject("llama").model
     strange.config.model_type = "strange"
     with pytest.raises(InputError, match="--lora-targets"):

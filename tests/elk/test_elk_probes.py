@@ -129,10 +129,21 @@ def test_a_wide_probe_is_fitted_on_whitened_components_and_still_has_a_direction
     x[:, 3] += np.where(y, 1.0, -1.0)
     probe = Logistic(rank=10)
     probe.fit(x, y)
-    assert probe.weight.shape == (10,)
     assert np.argmax(np.abs(probe.direction)) == 3
-    odds = probe.log_odds(x)
-    np.testing.assert_allclose(odds - odds.mean(), (x - x.mean(axis=0)) @ probe._whitening.into @ probe.weight)  # type: ignore[union-attr]
+    small = Logistic()
+    small.fit(fit_whitening(x, 10)(x), y)
+    np.testing.assert_allclose(probe.log_odds(x), small.log_odds(fit_whitening(x, 10)(x)), rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_vectors_that_are_all_the_same_say_nothing_and_harm_nothing(name: str) -> None:
+    """As the embedding of a last token that every statement ends with, in a wide model."""
+    x, y = np.full((40, 30), 0.3), np.arange(40) % 4 == 0
+    probe = make_probe(name, Making(rank=5))
+    x = np.stack([x, x + 1], axis=1) if "pair" in KINDS[name].features else x
+    probe.fit(x, y)
+    probe.resolve_sign(x, y)
+    np.testing.assert_allclose(np.ptp(probe.log_odds(x), axis=0), 0, atol=1e-9)
 
 
 def test_the_eraser_is_that_of_concept_erasure() -> None:

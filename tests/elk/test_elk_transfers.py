@@ -166,6 +166,15 @@ def test_what_cannot_be_run_is_refused(extractions: tuple[Extraction, Extraction
     )
     with pytest.raises(InputError, match="reads what was extracted"):
         run_transfers(fitted, last, probes=("ccs",))
+    narrow = Extraction(
+        subject="subject",
+        data="",
+        facts=tested.facts,
+        log_odds=tested.log_odds,
+        features={"last": {0: tested.features["last"][0][:, :5]}},
+    )
+    with pytest.raises(MismatchError, match=r"last at site 0 is \[12\].* \[5\]"):
+        run_transfers(fitted, narrow, probes=("lr",))
     few = run_transfers(fitted.take(np.arange(4)), tested, probes=("lr",), transfers=("AE->BH",))
     assert few.skipped
 

@@ -141,6 +141,13 @@ def test_letters_are_balanced(n_a: int) -> None:
         balanced([rows[0], Row(question="(A) or (B)?", match="A", other="B")], "both")
 
 
+@pytest.mark.parametrize("pair", ["A B", "1 2", "2 10", "A2 A10", "A B2", "01 1", "9 A", "2 1" + "0" * 5000])
+def test_labels_are_sorted_with_their_numbers_by_size(pair: str) -> None:
+    first, second = pair.split()
+    for match, other in ((first, second), (second, first)):
+        assert Row(question="?", match=match, other=other).labels == (first, second)
+
+
 def test_labels_are_called_otherwise() -> None:
     (found,) = relabelled([row(3, "B")])
     assert found.question.endswith("(1) yes it is\n (2) no it is not")

@@ -121,6 +121,11 @@ def test_a_sweep_makes_its_vector_and_writes_its_tables(
     assert facts["vectors"][0]["hash"] == made.vector.hash
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert {s["multiplier"] for s in samples} == {-1, 0, 1}
+    choices = json.loads((out / "sweep.json").read_text())["choices"]
+    assert [(s["behaviour"], s["mode"], s["site"]) for s in samples[::3]] == [
+        (c["behaviour"], c["mode"], c["site"]) for c in choices
+    ]
+    assert {c["mode"] for c in choices} == {"residual", "state", "both"}
     assert (out / "curves-bigness.svg").is_file()
 
 
@@ -132,6 +137,34 @@ def test_a_sweep_of_a_given_vector_and_file(mamba: Subject, saved: Path, data: P
     with (tmp_path / "o" / "points.csv").open() as stream:
         points = list(csv.DictReader(stream))
     assert {(p["behaviour"], p["mode"], p["operator"]) for p in points} == {("test_dataset_ab", "residual", "reflect")}
+
+
+def test_a_given_vector_has_the_control_of_a_given_letter_vector(
+    mamba: Subject, saved: Path, data: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    letters = behaviour_vector(mamba, rows, state=True).letters
+    assert letters is not None
+    file, out = save_vector(letters, tmp_path / "letters.safetensors"), tmp_path / "o"
+    options = ["--controls", "0", "--multipliers", "-1", "1", "--modes", "residual", "--out", out, *CPU, "-q"]
+    arguments = [mamba.name, "--vector", saved, "--data", data, "--behaviours", "bigness", "bigness", *options]
+    assert steer("sweep", *arguments, "--letter-vector", file) == 0
+    wanted = sweep(
+        mamba,
+        load_vector(saved, mamba),
+        rows[8:],
+        modes=("residual",),
+        multipliers=(-1, 1),
+        controls=0,
+        letters=letters,
+        behaviour="bigness",
+    )
+    with (out / "curves.csv").open() as stream:
+        curves = list(csv.DictReader(stream))
+    assert len(curves) == len(wanted.curves) == 3  # a behaviour that is named twice is swept once
+    assert sum(bool(c["letters"]) for c in curves) == 1
+    own = next(c.letters for c in wanted.curves if c.letters == c.letters)
+    assert float(next(c["letters"] for c in curves if c["letters"])) == pytest.approx(own, abs=1e-6)
+    refused("is a vector by mean, not of the letter", "sweep", *arguments, "--letter-vector", saved)
 
 
 def test_bad_input_is_refused_in_one_line(
@@ -156,6 +189,8 @@ def test_bad_input_is_refused_in_one_line(
     refused("nothing to test on", "sweep", mamba.name, "--rows", rows, *out)
     refused("no rows to make a vector of", "sweep", mamba.name, "--test", rows, *out)
     refused("name it with --data", "sweep", mamba.name, "--test", rows, "--behaviours", "x", *out)
+    refused("--limit is at least 1, got -5", "vector", mamba.name, "--rows", rows, "--limit", "-5", *out)
+    refused("--controls is at least 0", "sweep", mamba.name, "--test", rows, "--controls", "-1", *out)
     refused("name it with --model", "convert", "a.gguf", "b.safetensors")
     refused("from .safetensors to .gguf or back", "convert", "a.pt", "b.gguf")
     assert not list(tmp_path.glob("x*"))

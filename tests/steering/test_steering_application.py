@@ -80,6 +80,10 @@ def test_operators_are_their_formulas(operator: Any, multiplier: float) -> None:
         ("from:1", "0111|111", 3),
         ("from:-2", "0011|111", 2),
         ("from:9", "0000|000", 0),
+        ("every:1", "1111|111", 4),
+        ("every:2", "1010|101", 4),
+        ("every:3", "1001|001", 4),
+        ("every:9", "1000|000", 4),
         ("generated", "0000|111", 0),
         ("all", "1111|111", 4),
     ],
@@ -89,15 +93,17 @@ def test_places_are_positions(text: str, prompt_and_after: str, from_end: int) -
     found = where.mask(torch.arange(7)[None], torch.tensor([4]))[0]
     assert "".join(str(int(x)) for x in found[:4]) + "|" + "".join(str(int(x)) for x in found[4:]) == prompt_and_after
     assert where.from_end(4) == from_end
+    for first in range(4):
+        assert where.reaches(4, first) == ("1" in prompt_and_after[first:4])
 
 
-@pytest.mark.parametrize("text", ["", "first", "last:0", "last:-1", "from:", "from:x"])
+@pytest.mark.parametrize("text", ["", "first", "last:0", "last:-1", "from:", "from:x", "every:", "every:0", "every:-2"])
 def test_other_places_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="a vector acts at onward, last"):
         places(text)
 
 
-@pytest.mark.parametrize("positions", ["onward", "last", "last:2", "prompt", "from:2", "generated", "all"])
+@pytest.mark.parametrize("positions", ["onward", "last", "last:2", "prompt", "from:2", "every:2", "generated", "all"])
 def test_a_pass_is_edited_where_positions_say(llama: Subject, positions: str) -> None:
     vector = vector_at(llama, 1)
     clean = residuals(llama, torch.tensor(IDS), [1])[1]
@@ -159,6 +165,18 @@ def test_padding_is_never_edited_and_prompts_count_from_their_first_token(llama:
         padded = logits(llama, [[7, 21, 35, 4, 0, 0], ids[1]], attention_mask=right)[0, 3]
         alone = logits(llama, [[7, 21, 35, 4]])[0, 3]
     torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_named_before_the_tokens_is_not_taken_for_them(llama: Subject) -> None:
+    vector, ids = vector_at(llama, 1), torch.tensor(IDS)
+    found = []
+    for order in (("attention_mask", "input_ids"), ("input_ids", "attention_mask")):
+        with steered(llama, vector, 2.0, positions="all"), torch.no_grad():
+            first = llama.model(input_ids=ids[:, :-1], use_cache=True)
+            given = {"attention_mask": torch.ones_like(ids), "input_ids": ids[:, -1:]}
+            named = {name: given[name] for name in order}
+            found.append(llama.model(**named, past_key_values=first.past_key_values)["logits"])
+    assert torch.equal(*found)
 
 
 def test_a_multiplier_for_each_row(llama: Subject) -> None:
@@ -230,7 +248,14 @@ def test_state_edits_come_before_the_tokens_that_are_named(mamba: Subject, rows:
     vector = behaviour_vector(mamba, rows, sites=(1,), state=True).vector.only(mode="state", sites=(1,))
     edits, changes = row_edits(mamba, [vector], [2.0], torch.zeros(1, dtype=torch.long))
     tokens = torch.tensor(IDS)
-    for text, edited_before in (("last", [5]), ("last:3", [3, 4, 5]), ("all", [1, 2, 3, 4, 5]), ("generated", [])):
+    cases: tuple[tuple[str, list[int]], ...] = (
+        ("last", [5]),
+        ("last:3", [3, 4, 5]),
+        ("all", [1, 2, 3, 4, 5]),
+        ("generated", []),
+        ("every:2", [2, 4]),
+    )
+    for text, edited_before in cases:
         by_hand = Running.start(mamba, tokens[:, :1])
         for at in range(1, 6):
             if at in edited_before:
@@ -288,6 +313,7 @@ def test_what_cannot_be_applied_is_refused(llama: Subject, mamba: Subject, rows:
         ({"draws": 2}, "several draws need a temperature"),
         ({"temperature": -1.0}, "several draws need a temperature"),
         ({"max_tokens": 0}, "at least one prompt"),
+        ({"multipliers": [float("nan")]}, "finite numbers"),
         ({"mode": "state", "sites": (-1,)}, "nothing at site -1"),
     ):
         with pytest.raises(InputError, match=message):

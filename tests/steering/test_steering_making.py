@@ -26,10 +26,11 @@ from exegete.steering import (
 from exegete.steering import making as making_module
 from exegete.steering.questions import label_contrasts, text_contrasts
 from exegete.steering.templates import template_of
-from exegete.subjects import Subject
+from exegete.subjects import Subject, load_subject
 from exegete.subjects.recurrent_state import StateVector
 from exegete.subjects.running import Running
 from exegete.subjects.sites import residuals
+from exegete.testing import TEXTS, toy_subject_model
 
 PAIRS = [
     Pair(positive="yes it is big", negative="no it is not"),
@@ -67,6 +68,9 @@ def test_the_letter_vector_goes_from_b_to_a(rows: list[Row], made: Made, mamba: 
     assert made.letters is not None
     torch.testing.assert_close(made.letters.residual[1], torch.stack(each).mean(0), rtol=1e-4, atol=1e-6)
     assert made.letters.about.method == "letters"
+    assert made.letters.centres.keys() == made.vector.centres.keys()
+    both = [one_by_one(mamba, tokens, 1)[-1] for c in contrasts for tokens in (c.positive, c.negative)]
+    torch.testing.assert_close(made.letters.centres[1], torch.stack(both).mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_other_tokens_are_read_where_they_are_asked_for(llama: Subject) -> None:
@@ -162,6 +166,28 @@ def test_a_vector_is_written_and_read(made: Made, mamba: Subject, tmp_path: Path
     assert said["model_hash"] == mamba.hash
 
 
+@pytest.mark.parametrize("method", ["mean", "pca-diff"])
+def test_a_state_in_float64_is_kept_so(rows: list[Row], tmp_path: Path, method: Any) -> None:
+    subject = load_subject(str(toy_subject_model("rwkv", tmp_path / "toy", texts=TEXTS)), device="cpu")
+    made = behaviour_vector(subject, rows, sites=(0,), state=["num", "att_shift"], method=method)
+    contrasts = label_contrasts(rows, template_of("plain"), subject.tokenizer)
+    states = [[Running.start(subject, torch.tensor([t])).state() for t in (c.positive, c.negative)] for c in contrasts]
+    assert made.letters is not None
+    for vector in (made.vector, made.letters):
+        found = load_vector(save_vector(vector, tmp_path / "v.safetensors"), subject)
+        kinds = {name: part.dtype for name, part in found.parts()}
+        assert kinds["residual.0"] == kinds["state.1.att_shift"] == torch.float32
+        assert kinds["state.1.num"] == torch.float64
+        for (_, part), (_, kept) in zip(vector.parts(), found.parts(), strict=True):
+            assert torch.equal(part, kept)
+    if method == "mean":
+        each = torch.stack([p[1]["num"][0] - n[1]["num"][0] for p, n in states]).mean(0)
+        torch.testing.assert_close(made.vector.state.parts[1]["num"], each, rtol=1e-4, atol=1e-6)
+        single = StateVector({1: {"num": made.vector.state.parts[1]["num"].float()}})  # as was written before
+        older = dataclasses.replace(made.vector, state=single)
+        assert load_vector(save_vector(older, tmp_path / "o.safetensors"), subject).hash == older.hash
+
+
 def test_a_vector_of_another_model_is_refused(made: Made, llama: Subject, mamba: Subject, tmp_path: Path) -> None:
     file = save_vector(made.vector.only(mode="residual"), tmp_path / "v.safetensors")
     with pytest.raises(MismatchError, match=r"made on .* not on .* other_model=True"):
@@ -221,8 +247,21 @@ def test_parts_are_chosen(made: Made) -> None:
     assert made.vector.only(sites=(-1,)).state.parts == {}
     with pytest.raises(NotFoundError, match="nothing at site 9; it has the sites -1, 0, 1, 2"):
         made.vector.only(sites=(9,))
+    residual, state = made.vector.only(mode="residual"), made.vector.only(mode="state")
+    for held, sites, mode, message in (
+        (
+            made.vector,
+            (-1,),
+            "state",
+            "no state part at site -1; it has a residual part at site -1, 0, 1, 2 and a state",
+        ),
+        (residual, None, "state", "no state part; it has a residual part at site -1, 0, 1, 2$"),
+        (state, (1,), "residual", "no residual part at site 1; it has a state part at site 0, 1, 2$"),
+    ):
+        with pytest.raises(InputError, match=message):
+            held.only(sites=sites, mode=mode)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="this has none"):
-        made.vector.only(sites=(-1,), mode="state")
+        SteeringVector(residual={}, about=made.vector.about)
     with pytest.raises(InputError, match="NaN"):
         SteeringVector(residual={0: torch.full((32,), math.nan)}, about=made.vector.about)
     with pytest.raises(InputError, match="NaN"):

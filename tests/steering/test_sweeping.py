@@ -16,11 +16,21 @@ import scipy.stats
 import torch
 
 from exegete.errors import InputError, MismatchError, NotFoundError
-from exegete.steering import Question, Row, SteeringVector, behaviour_vector, generate, sweep, write_sweep
+from exegete.steering import (
+    Question,
+    Row,
+    SteeringVector,
+    behaviour_vector,
+    generate,
+    open_answers,
+    sweep,
+    write_sweep,
+)
 from exegete.steering.answers import Asked, Setting
 from exegete.steering.effects import Bootstrap, halves
 from exegete.steering.places import places
-from exegete.steering.questions import questions
+from exegete.steering.plots import curves_figure, sites_figure
+from exegete.steering.questions import open_prompt, questions
 from exegete.steering.reference import origin, published, published_behaviours, reference_lines
 from exegete.steering.tables import csv_text, summary_lines
 from exegete.steering.templates import template_of
@@ -212,13 +222,79 @@ def test_the_layer_is_chosen_on_one_half_and_reported_on_the_other(
     assert choice.held_out.high < 0
 
 
+def test_one_question_leaves_nothing_to_report_a_choice_on(
+    planted: tuple[Subject, torch.Tensor], direction: SteeringVector, rows: list[Row]
+) -> None:
+    found = sweep(planted[0], direction, rows[:1], multipliers=(-1, 1), controls=0)
+    (choice,) = found.choices
+    assert (choice.n_chosen, choice.n_held_out) == (1, 0)
+    assert math.isnan(choice.held_out.value)
+    assert math.isfinite(choice.chosen)
+    assert "held out – on 0 of 1" in summary_lines(found)[0]
+
+
+def test_open_questions_are_answered_by_every_choice(mamba: Subject, rows: list[Row]) -> None:
+    vector = behaviour_vector(mamba, rows, sites=(0, 1), state=True).vector
+    found = sweep(mamba, vector, rows, multipliers=(-1, 1), per_component=True, controls=0, behaviour="b")
+    asked, many = ["How big is it?", "no?"], (-40.0, 0.0)
+    answers = open_answers(mamba, vector, asked, found.choices, many, max_tokens=6)
+    assert [(a.mode, a.components) for a in answers[::4]] == [
+        ("residual", ""),
+        *(("state", names) for names in ("conv+ssm", "conv", "ssm")),
+        ("both", "conv+ssm"),
+    ]
+    prompts = [open_prompt(text, template_of("plain"), mamba.tokenizer) for text in asked]
+    for i, choice in enumerate(found.choices):
+        part = vector.only(sites=(choice.site,), components=tuple(filter(None, choice.components.split("+"))) or None)
+        wanted = generate(mamba, prompts, part, many, mode=choice.mode, max_tokens=6)
+        own = answers[4 * i : 4 * i + 4]
+        assert [(a.tokens, a.text, a.multiplier) for a in own] == [(s.tokens, s.text, s.multiplier) for s in wanted]
+        assert [a.question for a in own] == [asked[0], asked[0], asked[1], asked[1]]
+        assert {(a.behaviour, a.site) for a in own} == {("b", choice.site)}
+    assert open_answers(mamba, vector, [], found.choices) == ()
+
+
+def test_error_bars_stand_apart_on_a_scale_that_fits(mamba: Subject, rows: list[Row]) -> None:
+    made = behaviour_vector(mamba, rows, sites=(0, 1, 2), state=True)
+    found = sweep(mamba, made.vector, rows, multipliers=(-0.02, 0.02), controls=0, behaviour="b")
+    most = max(max(abs(c.effect.low), abs(c.effect.high)) for c in found.curves)
+    assert 0 < most < 0.1  # on a scale from -1 to 1 nothing would be seen
+    drawn = ElementTree.fromstring(sites_figure(found, "b"))
+    space = "{http://www.w3.org/2000/svg}"
+    bars = [line for line in drawn.iter(f"{space}line") if line.find(f"{space}title") is not None]
+    assert len(bars) == len(found.curves) == len({bar.get("x1") for bar in bars})
+    zero = next(float(line.get("y1", "")) for line in drawn.iter(f"{space}line") if line.get("class") == "b")
+    reach = max(abs(float(bar.get(name, "")) - zero) for bar in bars for name in ("y1", "y2"))
+    labels = [t.text for t in drawn.iter(f"{space}text")]
+    scale = next(s for s in (0.01, 0.02, 0.05, 0.1) if s >= most)
+    assert f"{scale:g}" in labels
+    assert reach == pytest.approx(most / scale * 133, abs=0.2)  # half of the axis's 266 pixels
+
+
+def test_controls_are_drawn_in_the_colour_of_their_mode(mamba: Subject, rows: list[Row]) -> None:
+    made = behaviour_vector(mamba, rows, sites=(0, 1), state=True)
+    space = "{http://www.w3.org/2000/svg}"
+    for letters, names in ((made.letters, {"random vectors as long", "the letter's vector as long"}), (None, None)):
+        found = sweep(mamba, made.vector, rows, multipliers=(-1, 1), controls=3 * bool(names), letters=letters)
+        drawn = ElementTree.fromstring(curves_figure(found, ""))
+        curves = [line.get("stroke") for line in drawn.iter(f"{space}polyline") if line.get("class") is None]
+        assert len(set(curves)) == 3
+        dots = [dot.get("fill") for dot in drawn.iter(f"{space}circle")]
+        squares = [square.get("stroke") for square in drawn.iter(f"{space}rect") if square.get("stroke")]
+        key = ["#777"] if names else []
+        assert sorted(map(str, dots)) == sorted([*key, *(str(c) for c in curves for _ in range(6) if names)])
+        assert sorted(map(str, squares)) == sorted([*key, *(str(c) for c in curves for _ in range(2) if names)])
+        said = {t.text for t in drawn.iter(f"{space}text")}
+        assert said & {"random vectors as long", "the letter's vector as long"} == (names or set())
+
+
 def test_a_sweep_is_written_as_tables_and_figures(mamba: Subject, rows: list[Row], tmp_path: Path) -> None:
     vector = behaviour_vector(mamba, rows, sites=(0, 1), state=True).vector
     found = sweep(
         mamba, vector, rows, multipliers=(-1, 0, 1.5), behaviour="big & <bad>", controls=2, per_component=True
     )
     both = found + sweep(mamba, vector, rows, multipliers=(-1, 0, 1.5), behaviour="other", controls=0)
-    samples = [("How?", s) for s in generate(mamba, ["it is"], vector, [0.0], max_tokens=2)]
+    samples = open_answers(mamba, vector, ["How?"], found.choices, [0.0], max_tokens=2)
     files = write_sweep(both, tmp_path / "out", facts={"model": "m"}, samples=samples)
     names = {f.name for f in files}
     assert {"points.csv", "curves.csv", "choices.csv", "questions.csv", "sweep.json", "samples.jsonl"} <= names
@@ -235,7 +311,10 @@ def test_a_sweep_is_written_as_tables_and_figures(mamba: Subject, rows: list[Row
     held = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert held["facts"] == {"model": "m"}
     assert held["curves"][0]["effect_low"] <= held["curves"][0]["effect"]
-    assert json.loads((tmp_path / "out" / "samples.jsonl").read_text())["question"] == "How?"
+    lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [(s["question"], s["behaviour"], s["site"], s["mode"], s["components"]) for s in lines] == [
+        ("How?", c.behaviour, c.site, c.mode, c.components) for c in found.choices
+    ]
     assert csv_text([{"a": math.nan, "b": 1.5}]) == "a,b\n,1.5\n"
     assert "held out" in summary_lines(found)[0]
     with pytest.raises(InputError, match="other multipliers"):
@@ -278,6 +357,17 @@ def test_what_cannot_be_swept_is_refused(mamba: Subject, llama: Subject, rows: l
 
     refused(InputError, "no questions", rows=[])
     refused(InputError, "edit prompt tokens too", positions="generated")
+    far = r"no prompt has a token to edit the {} at: the longest is of \d+ tokens, counted from 0, .* are {}; "
+    refused(InputError, far.format("residual", "from:999"), positions="from:999")
+    refused(InputError, far.format("state", "from:999"), state_positions="from:999")
+    refused(InputError, far.format("state", "every:999"), state_positions="every:999")
+    only = {"modes": ("residual",), "multipliers": (-1, 1), "controls": 0}
+    assert sweep(mamba, vector, rows, positions="every:999", state_positions="from:999", **only).points  # type: ignore[arg-type]
+    letters = behaviour_vector(mamba, rows, sites=(0,), state=["ssm"]).letters
+    refused(MismatchError, "the letter's vector has no part residual.1 of the sizes", letters=letters)
+    refused(MismatchError, r"has no part state.0.conv of the sizes", letters=letters, modes=("state",))
+    other = behaviour_vector(llama, rows, sites=(1,)).letters
+    refused(MismatchError, "made on", letters=other)
     refused(InputError, "at least two different multipliers", multipliers=(1.0, 1.0))
     refused(InputError, "finite", multipliers=(1.0, math.inf))
     refused(NotFoundError, "unknown mode", modes=("sideways",))

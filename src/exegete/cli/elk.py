@@ -51,7 +51,10 @@ def _data_options(parser: Any) -> None:
     parser.add_argument("--digits", type=int, metavar="N", help="of operands (default: the set's)")
     for split in _SPLITS:
         parser.add_argument(
-            f"--{split}", type=int, metavar="N", help=f"base examples to {split} on (default: as published)"
+            f"--{split}",
+            type=int,
+            metavar="N",
+            help=f"base examples to {split} on (default: as published; fewer for squaring)",
         )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default: 0)")
 
@@ -136,9 +139,8 @@ def _probe_options(parser: Any) -> None:
         "--detectors",
         nargs="*",
         choices=_DETECTORS,
-        default=["mahalanobis"],
         metavar="NAME",
-        help="of anomalies: mahalanobis, mahalanobis-diagonal, isolation-forest, local-outliers",
+        help="of anomalies: mahalanobis, mahalanobis-diagonal, isolation-forest, local-outliers (default: mahalanobis)",
     )
     parser.add_argument("--reference", action="store_true", help="print the published numbers beside these")
     parser.add_argument("--intervene", metavar="SITES", help="reflect along the directions of lr and mean-diff there")
@@ -172,7 +174,6 @@ def _say(text: str) -> None:
 def _data(options: argparse.Namespace) -> int:
     from exegete.elk import quirky_set, read_published, save_questions
     from exegete.elk.arithmetic import OPERATIONS
-    from exegete.elk.questions import PUBLISHED
 
     sizes: dict[Any, int] = {split: vars(options)[split] for split in _SPLITS if vars(options)[split] is not None}
     if options.files is not None:
@@ -184,7 +185,7 @@ def _data(options: argparse.Namespace) -> int:
             raise InputError(f"the set {options.name} is made of files of the published layout; give them with --files")
         made = quirky_set(
             options.name,
-            **{**PUBLISHED, **sizes},
+            **sizes,
             wording=options.wording,
             digits=options.digits,
             seed=options.seed,
@@ -306,7 +307,7 @@ def _own(found: Extraction) -> str:
 
 def _probe(options: argparse.Namespace) -> int:
     from exegete.cli.bars import progress_for
-    from exegete.elk import anomalies, load_extraction, recovered, reference_lines, run_transfers, write_probes
+    from exegete.elk import load_extraction, recovered, reference_lines, run_transfers, write_probes
     from exegete.elk.named_probes import DEFAULT
     from exegete.elk.stored_extraction import extraction_facts
     from exegete.elk.tables import intervention_lines, summary_lines
@@ -324,19 +325,35 @@ def _probe(options: argparse.Namespace) -> int:
         progress=progress_for(options.quiet),
     )
     shares = recovered(found, tested, seed=options.seed)
-    odd: tuple[Anomaly, ...] = ()
-    if options.detectors and any(source == "AE" for _, _, source, _ in found.probes):
-        odd = anomalies(found, tested, detectors=options.detectors, seed=options.seed)
+    odd, left = _unusual(options, found, tested)
     moved = _intervened(options, found, fitted) if options.intervene is not None else []
     facts = {"extraction": extraction_facts(options.extraction), "seed": options.seed}
     files = write_probes(found, options.out, shares=shares, anomalies=odd, interventions=moved, facts=facts)
-    _say("\n".join(summary_lines(found, shares=shares, anomalies=odd)))
+    _say("\n".join([*summary_lines(found, shares=shares, anomalies=odd), *left]))
     if moved:
         _say("\n".join(intervention_lines(moved)))
     if options.reference:
         _say("\n".join(["", *reference_lines(shares, odd)]))
     _say(f"{len(files)} files: {options.out}")
     return 0
+
+
+def _unusual(
+    options: argparse.Namespace, found: Transfers, tested: Extraction
+) -> tuple[tuple[Anomaly, ...], list[str]]:
+    """Return the anomalies, and why there are none where nobody asked for them and they cannot be had."""
+    from exegete.elk import anomalies
+
+    asked = options.detectors is not None
+    detectors: Any = options.detectors if asked else ["mahalanobis"]
+    if not detectors or not any(source == "AE" for _, _, source, _ in found.probes):
+        return (), []
+    try:
+        return anomalies(found, tested, detectors=detectors, seed=options.seed), []
+    except InputError as error:
+        if asked:
+            raise
+        return (), [f"left out: anomalies: {error}"]
 
 
 def _intervened(options: argparse.Namespace, found: Transfers, fitted: Extraction) -> list[Intervention]:
@@ -354,6 +371,8 @@ def _intervened(options: argparse.Namespace, found: Transfers, fitted: Extractio
     if missing:
         raise MismatchError(f"{options.data} has no row {missing[0]}; it is not the set that was extracted from")
     data = data.take(_indices([places[name] for name in tested.facts.id.tolist()]))
+    if data.hash != tested.data:
+        raise MismatchError(f"{options.data} has other words for the same claims; it is not the set extracted from")
     moved = []
     for site in parse_sites(options.intervene, subject):
         for probe in ("lr", "mean-diff"):

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from exegete.steering.behaviour_files import Behaviour
     from exegete.steering.latents import Composition, Piece
     from exegete.steering.making import Made
-    from exegete.steering.sweeping import Mode
+    from exegete.steering.open_ended import OpenAnswer
+    from exegete.steering.sweeping import Mode, Sweep
     from exegete.steering.vector import SteeringVector
     from exegete.subjects import Subject
 
@@ -70,6 +71,7 @@ def add_parsers(sub: Any, parents: Sequence[argparse.ArgumentParser] = ()) -> No
     sweep.add_argument(
         "--vector", metavar="VECTOR", help="a file or RUN:CODER/INDEX; else made of the rows to generate"
     )
+    sweep.add_argument("--letter-vector", metavar="FILE", help="control: what steer vector --letters wrote")
     sweep.add_argument("--test", metavar="FILE", help="an A/B file to test on")
     sweep.add_argument("--multipliers", nargs="+", type=float, metavar="X", help="(default: ±3 ±1.5 ±1 ±0.5 0)")
     sweep.add_argument(
@@ -103,7 +105,7 @@ def add_parsers(sub: Any, parents: Sequence[argparse.ArgumentParser] = ()) -> No
     _add_subject(convert)
 
 
-_POSITIONS = "onward, last, last:K, prompt, from:I, generated or all"
+_POSITIONS = "onward, last, last:K, prompt, from:I, every:K, generated or all"
 
 
 def _add_rows(parser: Any) -> None:
@@ -150,6 +152,10 @@ def _add_subject(parser: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Carry out the chosen verb; return the exit code."""
+    for name, least in (("limit", 1), ("samples", 0), ("controls", 0)):
+        given = vars(options).get(name)
+        if given is not None and given < least:
+            raise InputError(f"--{name} is at least {least}, got {given}")
     return {
         "vector": _vector,
         "apply": _apply,
@@ -247,13 +253,15 @@ def _sweep(options: argparse.Namespace) -> int:
     sets = _behaviours(options, test=True, most=None)
     subject = _subject(options, options.model)
     sites = None if options.sites is None else parse_sites(options.sites, subject)
-    found, samples, vectors = None, [], []
+    given = None if options.letter_vector is None else _letters(subject, options)
+    found, vectors = None, []
+    samples: list[OpenAnswer] = []
     for behaviour in sets:
         if options.vector is not None:
-            vector, letters = _load(options.vector, subject, options), None
+            vector, letters = _load(options.vector, subject, options), given
         else:
             made = _of_rows(subject, behaviour, options)
-            vector, letters = made.vector, made.letters
+            vector, letters = made.vector, given or made.letters
         rows = behaviour.test if options.labels is None else relabelled(behaviour.test, options.labels)
         one = sweep(
             subject,
@@ -277,7 +285,7 @@ def _sweep(options: argparse.Namespace) -> int:
         )
         found = one if found is None else found + one
         vectors.append({"behaviour": behaviour.name, "hash": vector.hash, **vector.about.to_json()})
-        samples += _samples(subject, vector, behaviour, options, one.choices[0].site)
+        samples += _samples(subject, vector, behaviour, options, one)
     assert found is not None  # there is at least one behaviour
     facts = {"model": subject.name, "model_hash": subject.hash, "vectors": vectors, "seed": options.seed}
     files = write_sweep(found, options.out, facts=facts, samples=samples)
@@ -347,12 +355,22 @@ def _load(spec: str, subject: Subject, options: argparse.Namespace) -> SteeringV
     return fitted(run_latent_vector(spec)[0], subject, other_model=other)
 
 
+def _letters(subject: Subject, options: argparse.Namespace) -> SteeringVector:
+    found = _load(options.letter_vector, subject, options)
+    if found.about.method != "letters":
+        raise InputError(
+            f"{options.letter_vector} is a vector by {found.about.method}, not of the letter; --letter-vector takes "
+            f"what exegete steer vector --letters writes"
+        )
+    return found
+
+
 def _behaviours(options: argparse.Namespace, *, test: bool, most: int | None) -> list[Behaviour]:
     """Return the sets that the options name; ``test`` says whether rows to test on are wanted."""
     from exegete.steering.behaviour_files import Behaviour, behaviours, load_behaviour, load_rows
 
     if options.data is not None:
-        names = options.behaviours or behaviours(options.data)
+        names = tuple(dict.fromkeys(options.behaviours or behaviours(options.data)))
         if most is not None and len(names) != most:
             raise InputError(f"one vector is of one behaviour; name it with --behaviours: {', '.join(names)}")
         found = [load_behaviour(options.data, name) for name in names]
@@ -422,28 +440,25 @@ def _swept(vector: SteeringVector, operator: str) -> tuple[Mode, ...]:
 
 
 def _samples(
-    subject: Subject, vector: SteeringVector, behaviour: Behaviour, options: argparse.Namespace, site: int
-) -> list[tuple[str, Any]]:
-    """Return answers to the first open questions at the smallest multiplier, 0 and the largest, at the chosen site."""
-    from exegete.steering.generating import generate
-    from exegete.steering.questions import open_prompt
-    from exegete.steering.templates import template_of
+    subject: Subject, vector: SteeringVector, behaviour: Behaviour, options: argparse.Namespace, found: Sweep
+) -> tuple[OpenAnswer, ...]:
+    """Return answers to the first open questions at the smallest multiplier, 0 and the largest, by every choice."""
+    from exegete.steering.open_ended import open_answers
 
-    asked = behaviour.open_ended[: options.samples]
-    if not asked:
-        return []
     given = options.multipliers or (-1.0, 1.0)
-    found = generate(
+    return open_answers(
         subject,
-        [open_prompt(question, template_of(options.template), subject.tokenizer) for question in asked],
-        vector.only(sites=(site,), mode="residual" if site in vector.residual else "state"),
+        vector,
+        behaviour.open_ended[: options.samples],
+        found.choices,
         sorted({min(given), 0.0, max(given)}),
+        template=options.template,
         operator=options.operator,
+        state_positions=options.state_positions,
         at=options.at,
         max_tokens=options.max_tokens,
         seed=options.seed,
     )
-    return [(asked[sample.prompt], sample) for sample in found]
 
 
 def _described(vector: SteeringVector) -> str:

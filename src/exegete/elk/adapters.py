@@ -47,7 +47,11 @@ def lora_targets(model: Any, named: Sequence[str] | None = None) -> tuple[str, .
         raise InputError(
             f"LoRA on {_BYPASSED} would do nothing: Mamba uses its weight directly, past any adapter; leave it out"
         )
-    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    linear = {
+        name.rpartition(".")[2]
+        for name, m in model.base_model.named_modules()
+        if isinstance(m, torch.nn.Linear) and "." in name
+    }
     missing = [name for name in wanted if name not in linear]
     if missing or not wanted:
         have = ", ".join(sorted(linear - {_BYPASSED}))

@@ -64,9 +64,11 @@ def extract(
         progress: Told of rows.
 
     Raises:
-        InputError: For a state that the model does not carry, or a result that is too large.
+        InputError: For no rows, a state that the model does not carry, what is no number, or too large a result.
         NotFoundError: For unknown features, sites or components.
     """
+    if not len(data):
+        raise InputError("there are no rows to extract; take more rows, or a split that has some")
     found = verdict(subject)
     kinds = _kinds(features, carries=bool(found.layers))
     chosen = tuple(range(n_blocks(subject))) if sites is None else tuple(sites)
@@ -92,6 +94,11 @@ def extract(
         log_odds[rows] = odds
         for name, part in parts.items():
             result[name][rows] = part
+        odd = [f"{kind} at {at}" for (kind, at), part in parts.items() if not np.isfinite(part).all()]
+        if odd or not np.isfinite(odds).all():
+            raise InputError(
+                f"{subject.name} gives NaN or infinity ({(odd or ['its answer'])[0]}); load it with a wider dtype"
+            )
         told.advance(len(rows))
     told.end()
     features_found = {kind: {at: x for (k, at), x in result.items() if k == kind} for kind in kinds}

@@ -111,10 +111,14 @@ def finetune(
 
 def _done(folder: Path, key: Mapping[str, Any], subject: Subject) -> Finetuned:
     data = read_manifest(folder / MANIFEST, number=FORMAT)
-    require_same(f"the model in {folder}", data["key"], dict(key))
+    try:
+        stored, best_step = dict(data["key"]), int(data["best_step"])
+        history = tuple((int(step), float(loss)) for step, loss in data["history"])
+    except (KeyError, TypeError, ValueError):
+        raise CorruptError(f"{folder / MANIFEST} is no manifest of a training; remove it to train anew") from None
+    require_same(f"the model in {folder}", stored, dict(key))
     found = load_subject(str(folder / "model"), device=str(subject.device), dtype=subject.dtype)
-    history = tuple((int(step), float(loss)) for step, loss in data["history"])
-    return Finetuned(subject=found, history=history, best_step=int(data["best_step"]))
+    return Finetuned(subject=found, history=history, best_step=best_step)
 
 
 @final
@@ -233,7 +237,12 @@ class _Job:
         at_once = self._config.rows_at_once * _LOOK_AT_ONCE
         parts = [part.double() for part in self._losses(self._looked, np.arange(len(self._looked)), at_once)]
         loss = float(torch.cat(parts).mean())
-        if math.isfinite(loss) and loss < min((past for _, past in self._history), default=math.inf):
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss on the validation rows is no number after {self._step} steps; lower the learning rate, "
+                f"or train in float32"
+            )
+        if loss < min((past for _, past in self._history), default=math.inf):
             self._best = {name: p.detach().cpu().clone() for name, p in self._learning.items()}
             self._best_step = self._step
         self._history.append((self._step, loss))
@@ -275,16 +284,20 @@ class _Job:
             return
         try:
             held = torch.load(path, map_location="cpu", weights_only=True)
-            stored = json.loads(held["key"])
+            stored = dict(json.loads(held["key"]))
         except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError, ValueError) as error:
             raise CorruptError(f"{path} cannot be read ({type(error).__name__}); remove it to train anew") from error
         require_same(f"the training in {path.parent}", stored, json.loads(canonical_json(key)))
-        self._step, self._best_step, self._best = int(held["step"]), int(held["best_step"]), held["best"]
-        self._history = [(int(step), float(loss)) for step, loss in held["history"]]
-        with torch.no_grad():
-            for name, parameter in self._learning.items():
-                parameter.copy_(held["weights"][name])
-        self._optimizer.load_state_dict(held["optimizer"])
+        try:
+            self._step, self._best_step, self._best = int(held["step"]), int(held["best_step"]), dict(held["best"])
+            self._history = [(int(step), float(loss)) for step, loss in held["history"]]
+            with torch.no_grad():
+                for name, parameter in self._learning.items():
+                    parameter.copy_(held["weights"][name])
+                    self._best[name] = self._best[name].reshape(parameter.shape)
+            self._optimizer.load_state_dict(held["optimizer"])
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptError(f"{path} does not fit the model ({type(error).__name__}); remove it") from error
 
 
 def answer_logits(model: Any, prompts: list[tuple[int, ...]], device: torch.device) -> torch.Tensor:

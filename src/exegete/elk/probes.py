@@ -50,7 +50,7 @@ class Probe(ABC):
 
 
 class Linear(Probe, ABC):
-    """A probe whose log-odds are x · weight + bias, after whitening where there is some.
+    """A probe whose log-odds are x · weight + bias; where it is fitted after whitening, both are brought back.
 
     Args:
         on_pair: Reads pairs, laid one behind the other.
@@ -62,7 +62,6 @@ class Linear(Probe, ABC):
 
     def __init__(self, *, on_pair: bool = False, rank: int | None = None, shared: Whitening | None = None) -> None:
         self.on_pair, self._rank, self._shared = on_pair, rank, shared
-        self._whitening: Whitening | None = None
         self.weight: Array = np.zeros(0)
         self.bias = 0.0
 
@@ -71,19 +70,20 @@ class Linear(Probe, ABC):
         flat = self._flat(x)
         check_labels(y)
         if self._rank is not None and flat.shape[1] > self._rank:
-            self._whitening = self._shared or fit_whitening(flat, self._rank)
-            flat = self._whitening(flat)
-        self.weight, self.bias = self._fitted(flat, y)
+            whitening = self._shared or fit_whitening(flat, self._rank)
+            weight, bias = self._fitted(whitening(flat), y)
+            # In the space of the vectors, so that no probe holds the components, which are many times its own size.
+            self.weight = whitening.into @ weight
+            self.bias = bias - float(whitening.mean @ self.weight)
+        else:
+            self.weight, self.bias = self._fitted(flat, y)
 
     def resolve_sign(self, x: Array, y: Array) -> None:
         """See ``Probe``: nothing to do."""
 
     def log_odds(self, x: Array) -> Array:
         """See ``Probe``."""
-        flat = self._flat(x)
-        if self._whitening is not None:
-            flat = self._whitening(flat)
-        found: Array = flat @ self.weight + self.bias
+        found: Array = self._flat(x) @ self.weight + self.bias
         return found
 
     @property
@@ -91,9 +91,8 @@ class Linear(Probe, ABC):
         """See ``Probe``."""
         if self.on_pair:
             return super().direction
-        weight = self.weight if self._whitening is None else self._whitening.into @ self.weight
-        length = float(np.linalg.norm(weight))
-        found: Array = weight / length if length > 0 else weight
+        length = float(np.linalg.norm(self.weight))
+        found: Array = self.weight / length if length > 0 else self.weight
         return found
 
     @abstractmethod
@@ -173,8 +172,10 @@ class Discriminant(Linear):
         means = [x[~y].mean(axis=0), x[y].mean(axis=0)]
         centred = x - np.stack(means)[y.astype(np.int64)]
         covariance = centred.T @ centred / len(x)
-        share = ledoit_wolf(centred) if self._shrinkage is None else self._shrinkage
         d = len(covariance)
+        if not d:  # every vector is the same, so whitening left no component
+            return np.zeros(0), float(np.log(y.mean() / (1 - y.mean())))
+        share = ledoit_wolf(centred) if self._shrinkage is None else self._shrinkage
         covariance = (1 - share) * covariance + share * float(np.trace(covariance)) / d * np.eye(d)
         weight = np.linalg.pinv(covariance, rcond=d * np.finfo(np.float32).eps, hermitian=True) @ (means[1] - means[0])
         prior = np.log(y.mean() / (1 - y.mean()))
@@ -196,21 +197,23 @@ class RandomDirections(Probe):
         if count < 1:
             raise InputError(f"there is at least one random direction, got {count}")
         self._count, self._seed = count, seed
-        self._directions: Array = np.zeros((0, 0))
+        self._signs: Array = np.ones(count)
 
     def fit(self, x: Array, y: Array) -> None:
-        """See ``Probe``: draws the directions."""
-        draw = np.random.default_rng(self._seed)
-        self._directions = draw.standard_normal((x.shape[1], self._count))
+        """See ``Probe``: nothing to do."""
 
     def resolve_sign(self, x: Array, y: Array) -> None:
         """See ``Probe``: turns every direction round that ranks true rows below false ones."""
         check_labels(y)
-        self._directions = self._directions * np.where(column_aurocs(y, self.log_odds(x)) < 0.5, -1.0, 1.0)
+        self._signs = self._signs * np.where(column_aurocs(y, self.log_odds(x)) < 0.5, -1.0, 1.0)
 
     def log_odds(self, x: Array) -> Array:
-        """Return a score for each row and direction [n, count]."""
-        found: Array = x.astype(np.float64) @ self._directions
+        """Return a score for each row and direction [n, count].
+
+        The directions are drawn again each time: those of a state at every block would not fit into memory.
+        """
+        directions = np.random.default_rng(self._seed).standard_normal((x.shape[1], self._count))
+        found: Array = x.astype(np.float64) @ directions * self._signs
         return found
 
 

@@ -89,7 +89,10 @@ class FinetuneConfig:
 
 
 def learned(data: Encoded, config: FinetuneConfig) -> Encoded:
-    """Return the rows that are learned. Raises InputError where the pool, or a label in it, has none."""
+    """Return the rows that are learned.
+
+    Raises InputError where the pool has none, or those of a character, to be balanced, are of one label.
+    """
     rows = data.facts.pool(config.pool)
     if config.balance:
         rows = _balanced(data.facts, rows, config.seed)
@@ -103,6 +106,9 @@ def _balanced(facts: Facts, rows: Array, seed: int) -> Array:
     for alice in (True, False):
         parts = [np.flatnonzero(rows & (facts.alice_speaks == alice) & (facts.label == label)) for label in (0, 1)]
         size = min(len(part) for part in parts)
+        if not size and any(map(len, parts)):  # leaving this character out altogether is not what balance means
+            name = "Alice" if alice else "Bob"
+            raise InputError(f"all rows of {name} to learn from have one label, so none is left; keep them: no balance")
         for label, part in enumerate(parts):
             order = stream(seed, "balance", alice, label).permutation(len(part))
             kept[part[order[:size]]] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,8 @@ from exegete.store.checks import read_manifest, require_same, verify_once, write
 
 FORMAT: Final = 1
 MANIFEST: Final = "extraction.json"
+_ENTRY: Final = {"data", "rows", "sha256", "facts"}
+_SITE: Final = re.compile(r"-1|0|[1-9][0-9]{0,5}")
 
 
 def save_extraction(found: Extraction, folder: str | Path, split: str, *, key: Mapping[str, Any]) -> None:
@@ -75,7 +78,7 @@ def load_extraction(folder: str | Path, split: str, *, features: Sequence[str] |
     manifest = _manifest(place)
     entry = manifest["splits"].get(split)
     if entry is None:
-        have = ", ".join(manifest["splits"]) or "none"
+        have = ", ".join(sorted(manifest["splits"])) or "none"
         raise NotFoundError(f"{place} has no split {split}; it has: {have}")
     path = place / f"{split}.safetensors"
     for file, sha256 in ((path, entry["sha256"]), (place / f"{split}.json", entry["facts"])):
@@ -87,16 +90,20 @@ def load_extraction(folder: str | Path, split: str, *, features: Sequence[str] |
     found: dict[Any, dict[int, Any]] = {}
     for name, value in held.items():
         kind, _, at = name.partition("/")
-        if len(value) != len(facts):
-            raise CorruptError(f"{path}: {name} has {len(value)} rows, and there are {len(facts)}")
+        if name != "log_odds" and (kind not in FEATURES or not _SITE.fullmatch(at)):
+            raise CorruptError(f"{path}: {name} is no feature set and site")
+        wanted = "[n]" if name == "log_odds" else "[n, 2, d]" if "pair" in kind else "[n, d]"
+        whole = value.ndim == wanted.count(",") + 1 and (value.ndim < 3 or value.shape[1] == 2)
+        if value.dtype != torch.float32 or not whole or len(value) != len(facts):
+            raise CorruptError(
+                f"{path}: {name} is {value.dtype} {list(value.shape)}, not torch.float32 {wanted} of {len(facts)} rows"
+            )
         if name != "log_odds" and (features is None or kind in features):
-            if kind not in FEATURES or not at.lstrip("-").isdigit():
-                raise CorruptError(f"{path}: {name} is no feature set and site")
             found.setdefault(kind, {})[int(at)] = value.numpy()
     if "log_odds" not in held:
         raise CorruptError(f"{path} lacks the model's log-odds")
     return Extraction(
-        subject=str(manifest["key"]["subject"]),
+        subject=str(manifest["key"].get("subject")),
         data=str(entry["data"]),
         facts=facts,
         log_odds=held["log_odds"].numpy(),
@@ -110,4 +117,9 @@ def extraction_facts(folder: str | Path) -> dict[str, Any]:
 
 
 def _manifest(place: Path) -> dict[str, Any]:
-    return read_manifest(place / MANIFEST, number=FORMAT)
+    data = read_manifest(place / MANIFEST, number=FORMAT)
+    key, splits = data.get("key"), data.get("splits")
+    entries = list(splits.values()) if isinstance(splits, dict) else [None]
+    if not isinstance(key, dict) or any(not isinstance(one, dict) or not set(one) >= _ENTRY for one in entries):
+        raise CorruptError(f"{place / MANIFEST} is no manifest of an extraction; make it again")
+    return data

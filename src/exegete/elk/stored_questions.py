@@ -7,6 +7,7 @@ words, statement and choices in the place of template_args.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ log = logging.getLogger("exegete")
 FORMAT: Final = 1
 MANIFEST: Final = "quirky.json"
 _MOST_LINE: Final = 1 << 22
+_GREATEST: Final = 1e300
 _SHARES: Final = {"train": 0.8, "validation": 0.1}
 _LABELS: Final = ("alice_label", "bob_label")
 
@@ -49,14 +51,19 @@ def load_questions(folder: str | Path) -> Questions:
     if not (place / MANIFEST).is_file():
         raise NotFoundError(f"there is no quirky set in {place}; make one with: exegete elk data NAME --out {place}")
     data = read_manifest(place / MANIFEST, number=FORMAT)
+    try:
+        name, wording = str(data["name"]), str(data["wording"])
+        sums = {split: str(data["splits"][split]["sha256"]) for split in SPLITS}
+    except (KeyError, TypeError):
+        raise CorruptError(f"{place / MANIFEST} is no manifest of a quirky set; make the set again") from None
     splits: dict[Split, list[Question]] = {}
     for split in SPLITS:
         path = place / f"{split}.jsonl"
         if not path.is_file():
             raise NotFoundError(f"there is no {path}")
-        verify_once(path, str(data["splits"][split]["sha256"]))
+        verify_once(path, sums[split])
         splits[split] = [_spoken(row, where) for where, row in _lines(path)]
-    return Questions(str(data["name"]), str(data["wording"]), splits)
+    return Questions(name, wording, splits)
 
 
 def read_published(
@@ -130,7 +137,12 @@ def _grouped(
     if spoken:
         for where, row in lines:
             question = _spoken(row, where)
-            found.setdefault(question.base, []).append(question)
+            rows = found.setdefault(question.base, [])
+            if rows and (rows[0].alice, rows[0].bob) != (question.alice, question.bob):
+                raise InputError(f"{where}: its claim has other labels than in a row before it")
+            if all((q.character, q.statement) != (question.character, question.statement) for q in rows):
+                # Their ids may be those of claims, or missing; here every row needs its own.
+                rows.append(dataclasses.replace(question, id=f"{question.base}-{question.character}-{len(rows)}"))
         return found
     seen: dict[str, tuple[bool, bool]] = {}
     for where, row in lines:
@@ -168,7 +180,9 @@ def _spoken(row: Mapping[str, Any], where: str) -> Question:
     own = _label(row, "label", where)
     if own != (alice if character == "Alice" else bob):
         raise InputError(f"{where}: the label is not that of {character}")
-    base = row.get("base") or base_id({"statement": statement.replace(str(character), "{character}")})
+    args = row.get("template_args")
+    claim = {k: v for k, v in args.items() if k != "character"} if isinstance(args, Mapping) else {}
+    base = row.get("base") or base_id(claim or {"statement": statement.replace(str(character), "{character}")})
     return Question(
         id=str(row.get("id") or f"{base}-{character}"),
         base=str(base),
@@ -192,8 +206,8 @@ def _label(row: Mapping[str, Any], key: str, where: str) -> bool:
 
 def _number(row: Mapping[str, Any], key: str, where: str) -> float:
     value = row.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not np.isfinite(value):
-        raise InputError(f"{where}: {key} is a number, got {value!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _GREATEST:
+        raise InputError(f"{where}: {key} is a number of at most {_GREATEST:g}, got {repr(value)[:40]}")
     return float(value)
 
 
@@ -204,14 +218,16 @@ def _mend_quantiles(found: dict[str, list[Question]], place: Path) -> None:
     bases = list(found)
     hard = np.array([found[base][0].difficulty for base in bases])
     told = np.array([found[base][0].quantile for base in bases])
-    if len(bases) < 3 or np.ptp(hard) == 0:
+    within = bool(((told >= 0) & (told <= 1)).all())
+    if within and (len(bases) < 3 or np.ptp(hard) == 0):
         return
-    agreement = float(spearmanr(hard, told).statistic) if np.ptp(told) > 0 else 0.0
-    if agreement >= 0.9 and told.min() >= 0 and told.max() <= 1:
+    agreement = float(spearmanr(hard, told).statistic) if np.ptp(told) > 0 and np.ptp(hard) > 0 else 0.0
+    if within and agreement >= 0.9:
         return
     log.warning(
-        "%s: difficulty_quantile does not follow difficulty (rank correlation %.2f); it is computed anew",
+        "%s: difficulty_quantile %s (rank correlation %.2f); it is computed anew",
         place,
+        "does not follow difficulty" if within else "is not from 0 to 1",
         agreement,
     )
     for base, quantile in zip(bases, quantiles(hard).tolist(), strict=True):
@@ -219,8 +235,6 @@ def _mend_quantiles(found: dict[str, list[Question]], place: Path) -> None:
 
 
 def _with_quantile(question: Question, quantile: float) -> Question:
-    import dataclasses
-
     return dataclasses.replace(question, quantile=quantile)
 
 
@@ -245,7 +259,17 @@ def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise InputError(f"{path}:{number}: a row is a table of named values, got {type(row).__name__}")
+        if not _sound(row):
+            raise InputError(f"{path}:{number}: a text of the row holds half a character, or it is nested too deep")
         yield f"{path}:{number}", row
+
+
+def _sound(value: Any, deep: int = 5) -> bool:
+    """Tell whether all texts in a value can be written as UTF-8: escapes of JSON may spell some that cannot."""
+    if isinstance(value, Mapping | list | tuple):
+        parts = [part for pair in value.items() for part in pair] if isinstance(value, Mapping) else value
+        return deep > 0 and all(_sound(part, deep - 1) for part in parts)
+    return not isinstance(value, str) or value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
@@ -260,6 +284,8 @@ def _jsonl(path: Path) -> Iterator[Any]:
                     yield json.loads(line.decode("utf-8"))
     except FileNotFoundError:
         raise NotFoundError(f"there is no {path}") from None
+    except OSError as error:
+        raise CorruptError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}:{number}: does not parse as JSON: {error}") from error
 

@@ -159,14 +159,27 @@ def run_transfers(
         InputError: For base examples in both, or no probe that fits the features.
     """
     job = _Job(fitted, tested, held_out, rank, seed, level)
-    pools = [parse_transfer(text) for text in transfers]
-    names = [(f, p) for p in probes for f in kind_of(p).features if f in fitted.features and f in tested.features]
+    pools = list(dict.fromkeys(parse_transfer(text) for text in transfers))
+    names = [
+        (f, p)
+        for p in dict.fromkeys(probes)
+        for f in kind_of(p).features
+        if f in fitted.features and f in tested.features
+    ]
     if not names:
         raise InputError(
             f"no probe of {', '.join(probes) or 'none'} reads what was extracted: {', '.join(fitted.features)}"
         )
     told = progress or Silent()
-    work = [(f, p, s, site) for f, p in names for s in dict.fromkeys(s for s, _ in pools) for site in job.sites_of(f)]
+    sources = tuple(dict.fromkeys(source for source, _ in pools))
+    # Probes come innermost: those that whiten the same vectors follow one another.
+    work = [
+        (f, p, s, site)
+        for f in dict.fromkeys(f for f, _ in names)
+        for s in sources
+        for site in job.sites_of(f)
+        for p in (p for g, p in names if g == f)
+    ]
     told.start("probe", len(work), "probes")
     for name in work:
         job.fit(name)
@@ -190,6 +203,14 @@ class _Job:
             raise MismatchError("the rows to fit on and to test on were extracted from two different models")
         if set(fitted.facts.base.tolist()) & set(tested.facts.base.tolist()):
             raise InputError("rows to fit on and to test on share base examples; extract two splits")
+        for kind in set(fitted.features) & set(tested.features):
+            for site in set(fitted.features[kind]) & set(tested.features[kind]):
+                shapes = [list(found.features[kind][site].shape[1:]) for found in (fitted, tested)]
+                if shapes[0] != shapes[1]:
+                    raise MismatchError(
+                        f"{kind} at site {site} is {shapes[0]} in the rows to fit on and {shapes[1]} in those to "
+                        f"test on; extract both with the same settings"
+                    )
         if not 0 < held_out < 1:
             raise InputError(f"the held-out share lies between 0 and 1, got {held_out}")
         self._fitted, self._tested = fitted, tested
@@ -242,7 +263,7 @@ class _Job:
         feature, _, source, site = name
         if (feature, source, site) not in self._shared:
             flat = x.reshape(len(x), -1).astype(np.float64)
-            self._shared[feature, source, site] = fit_whitening(flat, self._rank)
+            self._shared = {(feature, source, site): fit_whitening(flat, self._rank)}
         return self._shared[feature, source, site]
 
     def output(self, source: str, target: str) -> None:
@@ -309,9 +330,11 @@ class _Job:
 
     def _test_random(self, made: Probe, x: Array, feature: str, source: str, target: str, site: int) -> None:
         facts = self._tested.facts
+        pool = facts.pool(target)
+        scores = made.log_odds(x[pool])
         for which in FILTERS:
-            rows = facts.pool(target) & facts.where(which)
-            aurocs = column_aurocs(facts.alice[rows], made.log_odds(x[rows]))
+            rows = facts.where(which)[pool]
+            aurocs = column_aurocs(facts.alice[pool][rows], scores[rows])
             self._random.append(
                 RandomRow(
                     feature=feature,

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from exegete.steering.making import behaviour_vector as behaviour_vector
     from exegete.steering.making import fit_vector as fit_vector
     from exegete.steering.making import pair_vector as pair_vector
+    from exegete.steering.open_ended import OpenAnswer as OpenAnswer
+    from exegete.steering.open_ended import open_answers as open_answers
     from exegete.steering.pairs import Pair as Pair
     from exegete.steering.pairs import load_pairs as load_pairs
     from exegete.steering.questions import Contrast as Contrast
@@ -51,6 +53,7 @@ _HOMES = {
     "Composition": "latents",
     "Contrast": "questions",
     "Made": "making",
+    "OpenAnswer": "open_ended",
     "Pair": "pairs",
     "Piece": "latents",
     "Published": "reference",
@@ -74,6 +77,7 @@ _HOMES = {
     "load_questions": "behaviour_files",
     "load_rows": "behaviour_files",
     "load_vector": "stored",
+    "open_answers": "open_ended",
     "pair_vector": "making",
     "published": "reference",
     "relabelled": "behaviour_files",
@@ -90,6 +94,7 @@ __all__ = [
     "Composition",
     "Contrast",
     "Made",
+    "OpenAnswer",
     "Pair",
     "Piece",
     "Published",
@@ -113,6 +118,7 @@ __all__ = [
     "load_questions",
     "load_rows",
     "load_vector",
+    "open_answers",
     "pair_vector",
     "published",
     "relabelled",

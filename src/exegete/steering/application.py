@@ -16,7 +16,7 @@ from exegete.steering.operators import POSITIVE, Operator, steer_edits
 from exegete.steering.places import Places, places
 from exegete.steering.vector import SteeringVector
 from exegete.subjects import Subject
-from exegete.subjects.edits import Edit, Strength, edited
+from exegete.subjects.edits import Edit, Strength, edited, read_by
 
 _CACHES = ("past_key_values", "cache_params", "state")
 
@@ -135,7 +135,7 @@ class _Passes:
             self._begin(args, kwargs)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+        given = read_by(args, kwargs)
         rows, length = int(given.shape[0]), int(given.shape[1])
         kept = kwargs.get("attention_mask")
         kept = kept[:, -length:].to(torch.long) if torch.is_tensor(kept) and kept.ndim == 2 else None

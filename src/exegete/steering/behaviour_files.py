@@ -38,8 +38,8 @@ class Row:
 
     @property
     def labels(self) -> tuple[str, str]:
-        """Both labels, sorted: first A or 1, then B or 2."""
-        first, second = sorted((self.match, self.other))
+        """Both labels, sorted: first A or 1, then B or 2; 2 is before 10."""
+        first, second = sorted((self.match, self.other), key=_natural)
         return first, second
 
 
@@ -183,6 +183,14 @@ def relabelled(rows: Sequence[Row], labels: Sequence[str] = tuple("123456789")) 
         return replace(row, question=question, match=names[row.match], other=names[row.other])
 
     return tuple(renamed(row) for row in rows)
+
+
+def _natural(label: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Return what sorts labels with their numbers by size; digits are not parsed, for a label may have any number."""
+    pieces = [piece for piece in re.split(r"(\d+)", label) if piece]
+    digits = [piece.lstrip("0") if piece.isdecimal() else None for piece in pieces]
+    found = [(1, 0, p) if d is None else (0, len(d), d) for p, d in zip(pieces, digits, strict=True)]
+    return found, label
 
 
 def _swapped(row: Row, number: int) -> Row:

@@ -41,7 +41,7 @@ def export_control_vector(vector: SteeringVector, path: str | Path) -> Path:
     if vector.state.parts or not vector.residual or min(vector.sites) < 0:
         raise InputError(
             "a control vector holds directions for the outputs of blocks only; leave out the state and site -1 first, "
-            "say with --mode residual --sites blocks"
+            "with vector.only(sites=..., mode='residual') (--sites 0-5, say)"
         )
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "vector.gguf"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -66,7 +67,8 @@ def generate(
         mode: Which part of the vector is used: ``residual``, ``state``, or ``both``, which is whatever it has.
         positions: Tokens at which the residual stream is edited; see ``places``.
         state_positions: Tokens before which the state is edited. ``last`` edits it once, and the edit fades as the
-            state does; ``onward`` again before every token, which adds up where it does not fade.
+            state does; ``onward`` again before every token, which adds up where it does not fade; ``every:K`` before
+            every K-th.
         sites: Which sites and blocks of the vector, None for all.
         components: Which components of the state, None for all.
         at: For ``clamp``.
@@ -76,11 +78,14 @@ def generate(
         seed: Of the draws.
 
     Raises:
-        InputError: For no prompts or tokens, a temperature below 0, or a mode that the vector has no part for.
+        InputError: For no prompts or tokens, numbers that are not finite, a temperature below 0, or a mode that the
+            vector has no part for.
         MismatchError: For a vector of another model.
     """
     if not prompts or max_tokens < 1 or draws < 1:
         raise InputError("give at least one prompt, one token and one draw")
+    if not all(math.isfinite(value) for value in (*multipliers, temperature, at)):
+        raise InputError("multipliers, temperature and the place of a clamp are finite numbers")
     if temperature < 0 or (draws > 1 and temperature == 0):
         raise InputError(f"several draws need a temperature above 0, got {temperature:g} for {draws}")
     if vector is not None:

@@ -162,7 +162,7 @@ def fit_vector(
         directions = {name: direction_of(*sums.rows(name), method, shrinkage=shrinkage) for name in sums.names}
     sizes = {name: sums.rms(name) for name in sums.names}
     norms = {name: float(part.norm()) for name, part in directions.items()}
-    parts = {name: part.float() for name, part in normalised(directions, sizes, normalise).items()}
+    parts = {name: part.to(sums.dtypes[name]) for name, part in normalised(directions, sizes, normalise).items()}
     residual, carried, _ = joined({name: part.reshape(sums.shapes[name]) for name, part in parts.items()})
     centres = {site: sums.middle(f"residual.{site}").float() for site in residual}
     facts = {"source": source, "template": template, "read": read, "n_pairs": len(contrasts)}
@@ -170,9 +170,10 @@ def fit_vector(
     vector = SteeringVector(residual=residual, state=carried, centres=centres, about=own)
     letters = None
     if all(contrast.first is not None for contrast in contrasts):
-        shapes = sums.shapes
-        residual, carried, _ = joined({n: sums.letters(n).float().reshape(shapes[n]) for n in sums.names})
-        letters = SteeringVector(residual=residual, state=carried, about=about(subject, "letters", **facts))
+        found = {name: sums.letters(name).to(sums.dtypes[name]) for name in sums.names}
+        residual, carried, _ = joined({name: part.reshape(sums.shapes[name]) for name, part in found.items()})
+        of_letters = about(subject, "letters", **facts)
+        letters = SteeringVector(residual=residual, state=carried, centres=centres, about=of_letters)
     return Made(vector=vector, letters=letters)
 
 
@@ -196,6 +197,7 @@ class _Sums:
         self._first = torch.tensor([bool(contrast.first) for contrast in contrasts])
         self._n, self._keep = len(contrasts), keep
         self.shapes: dict[str, torch.Size] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._squares: dict[str, float] = {}
         self._rows: dict[str, torch.Tensor] = {}
@@ -216,12 +218,14 @@ class _Sums:
             self._sums[name] += groups @ flat
             self._squares[name] += float(flat.square().sum())
             if self._keep:
-                self._rows[name][(~batch.positive).long(), batch.pair] = values.flatten(1).float()
+                self._rows[name][(~batch.positive).long(), batch.pair] = values.flatten(1).to(self.dtypes[name])
 
     def _begin(self, parts: Mapping[str, torch.Tensor]) -> None:
         self.shapes = {name: values.shape[1:] for name, values in parts.items()}
+        # float64 where the model keeps a state so: numerators and denominators of exponentials span many powers of ten.
+        self.dtypes = {n: v.dtype if v.dtype == torch.float64 else torch.float32 for n, v in parts.items()}
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        need = 2 * self._n * sum(sizes.values()) * 4
+        need = 2 * self._n * sum(size * self.dtypes[name].itemsize for name, size in sizes.items())
         if self._keep and need > MOST_BYTES:
             raise InputError(
                 f"this method keeps every text's activations, {need / 2**30:.1f} GiB of them; use the method mean, or "
@@ -231,7 +235,7 @@ class _Sums:
             self._sums[name] = torch.zeros((4, size), dtype=torch.float64)
             self._squares[name] = 0.0
             if self._keep:
-                self._rows[name] = torch.zeros((2, self._n, size))
+                self._rows[name] = torch.zeros((2, self._n, size), dtype=self.dtypes[name])
 
     def difference(self, name: str) -> torch.Tensor:
         """Return mean(positive) − mean(negative)."""

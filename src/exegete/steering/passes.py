@@ -81,6 +81,6 @@ def read_on(
             continue
         if bool(before[first]):
             running.edit(*changes)
-        running.feed(part, edits=used, where=mask)
+        running.feed(part, edits=used, where=mask, last=True)
     assert running is not None  # there is at least one token
     return running

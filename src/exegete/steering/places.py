@@ -11,7 +11,7 @@ from exegete.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-_ALLOWED = "onward, last, last:K, prompt, from:I, generated, all"
+_ALLOWED = "onward, last, last:K, prompt, from:I, every:K, generated, all"
 
 
 @final
@@ -23,11 +23,13 @@ class Places:
         name: As given.
         start: The first prompt token edited, from the prompt's end where negative; None for no prompt token.
         generated: Whether tokens after the prompt are edited.
+        every: Of these, only those whose position is a multiple of it, counted from 0.
     """
 
     name: str
     start: int | None
     generated: bool
+    every: int = 1
 
     def mask(self, at: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Return which positions are edited, bool as ``at``.
@@ -40,13 +42,18 @@ class Places:
         if self.start is None:
             return after & self.generated
         first = (length + self.start).clamp_min(0) if self.start < 0 else self.start
-        return (at >= 0) & (at >= first) & (~after | self.generated)
+        return (at >= 0) & (at >= first) & (at % self.every == 0) & (~after | self.generated)
 
     def from_end(self, length: int) -> int:
-        """Return how many of the last tokens of a prompt of this length are edited."""
+        """Return how many of the last tokens of a prompt of this length there are from the first edited one on."""
         if self.start is None:
             return 0
         return max(0, min(length, -self.start if self.start < 0 else length - self.start))
+
+    def reaches(self, length: int, first: int = 0) -> bool:
+        """Tell whether a token of a prompt of this length is edited, at the position ``first`` or behind it."""
+        start = max(first, length - self.from_end(length))
+        return start + (-start % self.every) < length
 
 
 def places(text: str) -> Places:
@@ -54,7 +61,8 @@ def places(text: str) -> Places:
 
     ``onward``, what contrastive activation addition uses to generate: the last prompt token and all after it ·
     ``last``, the last prompt token · ``last:K``, the last K of it · ``prompt``, all of it · ``from:I``, from I on,
-    counted from 0, or from the prompt's end where negative · ``generated``, what comes after the prompt · ``all``.
+    counted from 0, or from the prompt's end where negative · ``every:K``, the positions 0, K, 2K … of the prompt and of
+    what comes after it · ``generated``, what comes after the prompt · ``all``.
 
     Raises InputError for any other text.
     """
@@ -73,4 +81,6 @@ def places(text: str) -> Places:
             return Places(name=text, start=-int(found[1]), generated=False)
     elif found := re.fullmatch(r"from:(-?\d{1,9})", text):
         return Places(name=text, start=int(found[1]), generated=True)
+    elif (found := re.fullmatch(r"every:(\d{1,9})", text)) and int(found[1]) > 0:
+        return Places(name=text, start=0, generated=True, every=int(found[1]))
     raise InputError(f"a vector acts at {_ALLOWED} (K at least 1); got {text!r}")

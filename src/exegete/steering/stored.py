@@ -97,7 +97,7 @@ def _file(path: str | Path) -> Path:
 def _plain(tensor: torch.Tensor, name: str, file: Path) -> torch.Tensor:
     if not tensor.is_floating_point():
         raise CorruptError(f"{file}: {name} is of type {tensor.dtype}, which are no real numbers")
-    return tensor.float()
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _about(said: Mapping[str, Any], file: Path) -> About:

@@ -12,7 +12,7 @@ from typing import Final, Literal, final, get_args
 
 import numpy as np
 
-from exegete.errors import InputError, NotFoundError, unknown
+from exegete.errors import InputError, MismatchError, NotFoundError, unknown
 from exegete.progress import Progress, Silent
 from exegete.steering.answers import Asked, Floats, Setting
 from exegete.steering.behaviour_files import Row
@@ -109,7 +109,7 @@ class Choice:
     """The site with the largest effect on one half of the questions, and its effect on the other half."""
 
     behaviour: str
-    mode: str
+    mode: Mode
     components: str
     site: int
     n_chosen: int
@@ -178,16 +178,17 @@ def sweep(
         positions: Prompt tokens at which the residual stream is edited; see ``places``.
         state_positions: Prompt tokens before which the state is edited.
         at: For ``clamp``.
-        letters: The vector of the letter (``Made.letters``), for the control of letter bias.
+        letters: The vector of the letter (``Made.letters``) with the same parts, for the control of letter bias.
         controls: How many random vectors of the same length; 0 for none.
         control_sites: ``chosen``: controls at the site that each mode chooses; ``all``: at every site.
         seed: Of random vectors, halves and resamples.
         progress: How far it is.
 
     Raises:
-        InputError: For no rows, fewer than two multipliers, or nothing of the vector that could be swept.
+        InputError: For no rows, fewer than two multipliers, positions that no prompt has, or nothing of the vector that
+            could be swept.
         NotFoundError: For an unknown mode or site.
-        MismatchError: For a vector of another model.
+        MismatchError: For a vector of another model, and a letter's vector without the parts that are swept.
     """
     vector.require(subject)
     given = tuple(dict.fromkeys(float(m) for m in multipliers))
@@ -197,14 +198,13 @@ def sweep(
         raise InputError("multipliers are finite numbers")
     if places(positions).start is None or places(state_positions).start is None:
         raise InputError("a sweep scores what comes after the prompt; edit prompt tokens too, at onward or last, say")
-    asked = Asked(
-        subject,
-        _questions(rows, template, subject),
-        places(positions),
-        places(state_positions),
-    )
+    put, kinds = _questions(rows, template, subject), tuple(_kinds(vector, modes, per_component, sites))
+    _check_places(put, kinds, positions, state_positions)
+    if letters is not None:
+        letters.require(subject)
+        _check_letters(letters, kinds)
     made = _Sweeper(
-        asked=asked,
+        asked=Asked(subject, put, places(positions), places(state_positions)),
         firsts=_firsts(rows),
         behaviour=behaviour,
         multipliers=given,
@@ -213,7 +213,7 @@ def sweep(
         state_positions=state_positions,
         at=at,
         seed=seed,
-        kinds=tuple(_kinds(vector, modes, per_component, sites)),
+        kinds=kinds,
         vector=vector,
     )
     return made.run(letters, controls, control_sites, progress or Silent())
@@ -270,6 +270,31 @@ def _kinds(
                 yield _Kind(site=site, mode=mode, components="+".join(names), part=part)
     if not count:
         raise InputError(f"the vector has no part for the modes {', '.join(modes)} at these sites")
+
+
+def _check_places(asked: Sequence[Question], kinds: Sequence[_Kind], positions: str, state_positions: str) -> None:
+    """Raise InputError where a part would be edited in no prompt: its curve would be flat and mean nothing."""
+    longest = max((len(question.prompt) for question in asked), default=0)
+    modes = {kind.mode for kind in kinds}
+    for part, text, first in (("residual", positions, 0), ("state", state_positions, 1)):
+        # Which positions a prompt has grows with its length, so the longest has some if any has.
+        if asked and modes & {part, "both"} and not places(text).reaches(longest, first):
+            raise InputError(
+                f"no prompt has a token to edit the {part} at: the longest is of {longest} tokens, counted from 0, "
+                f"and the positions are {text}; choose others, last or onward, say"
+            )
+
+
+def _check_letters(letters: SteeringVector, kinds: Sequence[_Kind]) -> None:
+    """Raise MismatchError where the letter's vector lacks a part that is swept, or has it in another size."""
+    have = {name: part.shape for name, part in letters.parts()}
+    for kind in kinds:
+        for name, part in kind.part.parts():
+            if have.get(name) != part.shape:
+                raise MismatchError(
+                    f"the letter's vector has no part {name} of the sizes {tuple(part.shape)}; make it with the sites "
+                    f"and the state that are swept, or sweep fewer: --sites, --modes"
+                )
 
 
 @final
@@ -378,22 +403,22 @@ class _Sweeper:
             spearman=boot.spearman(match, self.multipliers),
         )
 
-    def _choice(self, mode: str, components: str, values: Mapping[_Kind, tuple[Floats, Floats]]) -> Choice:
+    def _choice(self, mode: Mode, components: str, values: Mapping[_Kind, tuple[Floats, Floats]]) -> Choice:
         """Choose by the absolute effect on one half: a vector that works backwards is to be seen, not passed over."""
         own = {k.site: match for k, (match, _) in values.items() if (k.mode, k.components) == (mode, components)}
         one, two = halves(len(self.asked), self.seed)
-        rest = two if len(two) else one
         high, low = int(np.argmax(self.multipliers)), int(np.argmin(self.multipliers))
         effects = {site: float((match[high] - match[low])[one].mean()) for site, match in own.items()}
         site = max(effects, key=lambda s: (abs(effects[s]), -s))
-        held = Bootstrap(len(rest), self.seed).effect(own[site][:, rest], self.multipliers)
+        nothing = Estimate(value=np.nan, low=np.nan, high=np.nan)  # of one question: there is no other to report on
+        held = Bootstrap(len(two), self.seed).effect(own[site][:, two], self.multipliers) if len(two) else nothing
         return Choice(
             behaviour=self.behaviour,
             mode=mode,
             components=components,
             site=site,
             n_chosen=len(one),
-            n_held_out=len(rest),
+            n_held_out=len(two),
             chosen=effects[site],
             held_out=held,
         )

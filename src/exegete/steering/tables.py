@@ -13,7 +13,7 @@ from typing import Any
 
 from exegete.files import write_json, write_text
 from exegete.steering.effects import Estimate
-from exegete.steering.generating import Sample
+from exegete.steering.open_ended import OpenAnswer
 from exegete.steering.plots import curves_figure, sites_figure
 from exegete.steering.sweeping import Sweep
 
@@ -25,14 +25,14 @@ def write_sweep(
     folder: str | Path,
     *,
     facts: Mapping[str, Any] | None = None,
-    samples: Sequence[tuple[str, Sample]] = (),
+    samples: Sequence[OpenAnswer] = (),
 ) -> list[Path]:
     """Write a sweep into a folder, each file atomically; return the files.
 
     ``points.csv`` has a row for every setting, ``curves.csv`` for every site and mode, ``questions.csv`` for every
     question in every setting without a control, ``choices.csv`` for every held-out choice; ``sweep.json`` holds all
-    but the third, with ``facts`` (what was run on what); ``samples.jsonl`` continuations with their questions;
-    ``curves-BEHAVIOUR.svg`` and ``sites-BEHAVIOUR.svg`` are the figures.
+    but the third, with ``facts`` (what was run on what); ``samples.jsonl`` the answers to open
+    questions; ``curves-BEHAVIOUR.svg`` and ``sites-BEHAVIOUR.svg`` are the figures.
     """
     place = Path(folder).expanduser()
     tables = {
@@ -49,7 +49,7 @@ def write_sweep(
     write_json(place / "sweep.json", {"format": FORMAT, "facts": dict(facts or {}), **held})
     written.append(place / "sweep.json")
     if samples:
-        lines = [json.dumps({"question": question, **dataclasses.asdict(sample)}) for question, sample in samples]
+        lines = [json.dumps(dataclasses.asdict(sample)) for sample in samples]
         write_text(place / "samples.jsonl", "\n".join(lines) + "\n")
         written.append(place / "samples.jsonl")
     for behaviour in dict.fromkeys(curve.behaviour for curve in found.curves):

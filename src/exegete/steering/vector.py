@@ -67,7 +67,7 @@ class About:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SteeringVector:
-    """Directions to steer with, float32 on the CPU.
+    """Directions to steer with, float32 on the CPU; float64 the parts of a state that the model keeps so.
 
     Attributes:
         residual: By site, [d].
@@ -130,7 +130,8 @@ class SteeringVector:
     ) -> SteeringVector:
         """Return the parts at some sites (blocks, of the state) and components, of one kind or both.
 
-        Raises NotFoundError for a site that it has nothing at, InputError when nothing is left.
+        Raises NotFoundError for a site that it has nothing at, InputError that names the missing part when nothing is
+        left.
         """
         known = {*self.residual, *self.state.layers}
         if absent := sorted(set(sites or ()) - known):
@@ -139,8 +140,16 @@ class SteeringVector:
         residual = {s: v for s, v in self.residual.items() if mode != "state" and (sites is None or s in sites)}
         layers = [i for i in self.state.layers if sites is None or i in sites]
         state = self.state.only(layers=layers, components=components) if mode != "residual" and layers else NO_STATE
+        if not residual and not state.parts:
+            raise InputError(self._lacking("" if mode == "both" else f"{mode} ", sites))
         centres = {s: c for s, c in self.centres.items() if s in residual}
         return dataclasses.replace(self, residual=residual, state=state, centres=centres)
+
+    def _lacking(self, kind: str, sites: Collection[int] | None) -> str:
+        where = "" if sites is None else f" at site {', '.join(map(str, sorted(sites)))}"
+        held = {"residual": self.sites, "state": self.state.layers}
+        have = [f"a {name} part at site {', '.join(map(str, at))}" for name, at in held.items() if at]
+        return f"the vector has no {kind}part{where}; it has {' and '.join(have)}"
 
     def random_like(self, rng: np.random.Generator) -> SteeringVector:
         """Return a vector in random directions, every part as long as here: a control."""

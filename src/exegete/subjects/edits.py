@@ -235,7 +235,7 @@ class _Hooks:
     def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._elsewhere:
             return
-        given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+        given = read_by(args, kwargs)
         self._shape = int(given.shape[0]), int(given.shape[1])
         self._read.clear()
         self._passes += 1
@@ -299,6 +299,12 @@ class _Hooks:
         new = y.clone()
         new[mask] = mine + place.edit.change(mine, x, rows).to(y)
         return new
+
+
+def read_by(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Return the tokens or embeddings [rows, positions, ...] that a model is called on, never a mask."""
+    named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
+    return next(value for value in (*args[:1], *named, *args, *kwargs.values()) if torch.is_tensor(value))
 
 
 def _with_first(output: Any, through: Any) -> Any:
