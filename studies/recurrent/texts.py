@@ -77,8 +77,9 @@ Each component is also steered alone. Numbers are effects, p(+3) − p(−3), at
     "E5": """**Asked.** Are tuned lenses better than the logit lens at *every* site, in recurrent models too?
 
 **How.** Byte-level models of the Python standard library's source (rows of 24 bytes; train, validation and test
-documents apart), then the logit lens, a tuned lens (KL, Adam, 60 steps of 32 rows; 200 for Llama, set after
-60 had left it at .61 of the logit lens's KL in the first half on one seed) and, of recurrent models, a state-aware lens on the same batches, measured on test documents.""",
+documents apart), then the logit lens, a tuned lens (KL, Adam, 60 steps of 32 rows; 200 for Llama, set after 60 had left
+it at .61 of the logit lens's KL in the first half on one seed) and, of recurrent models, a state-aware lens on the same
+batches, measured on test documents.""",
     "E6": """**Asked.** What do the model classes of the installed transformers get right, and does one interface carry
 them all?
 
