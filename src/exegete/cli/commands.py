@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from exegete.cli.bars import progress_for
 from exegete.cli.options import given
+from exegete.cli.output import say
 from exegete.config import RunConfig, merge
 from exegete.errors import ConfigError
 
@@ -44,11 +44,6 @@ def run(options: argparse.Namespace) -> int:
     }[options.command](options)
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
 def _demo(options: argparse.Namespace) -> int:
     from exegete.demo import demo_config, describe_corpus
     from exegete.pipeline import run_pipeline
@@ -56,10 +51,10 @@ def _demo(options: argparse.Namespace) -> int:
     begun = time.monotonic()
     config = demo_config(given(options), recurrent=options.recurrent)
     out = options.out or Path("runs/demo-recurrent" if options.recurrent else "runs/demo")
-    _say(describe_corpus())
+    say(describe_corpus())
     made = run_pipeline(config, out, progress=progress_for(options.quiet))
     _print_report(made)
-    _say(f"{time.monotonic() - begun:.0f} s in all")
+    say(f"{time.monotonic() - begun:.0f} s in all")
     return 0
 
 
@@ -86,8 +81,8 @@ def _collect(options: argparse.Namespace) -> int:
         firing = int((store.counts > 0).sum())
         quality = store.manifest.quality
         note = "".join(f", {what.upper()} {quality[what]:.3g}" for what in ("fvu", "l0") if what in quality)
-        _say(f"{name}: {int(store.counts.sum()):,} firings of {firing:,} of {store.width:,} latents{note}")
-    _say(f"next: exegete explain {options.out}")
+        say(f"{name}: {int(store.counts.sum()):,} firings of {firing:,} of {store.width:,} latents{note}")
+    say(f"next: exegete explain {options.out}")
     return 0
 
 
@@ -95,8 +90,8 @@ def _explain(options: argparse.Namespace) -> int:
     with _opened(options, scoring=False) as (pipeline, client):
         pipeline.explain(client)
     counts = _counted(pipeline.run, "explanations")
-    _say("explanations: " + (", ".join(f"{n} {status}" for status, n in counts.items()) or "none"))
-    _say(f"next: exegete score {options.run}")
+    say("explanations: " + (", ".join(f"{n} {status}" for status, n in counts.items()) or "none"))
+    say(f"next: exegete score {options.run}")
     return 0
 
 
@@ -106,8 +101,8 @@ def _score(options: argparse.Namespace) -> int:
     scored = _counted(pipeline.run, "scored")
     _print_stopped(pipeline.run, pipeline.config)
     told = ", ".join(f"{n} by {scorer}" for scorer, n in scored.items())
-    _say(f"latents scored: {told}" if scored else "no scores: nothing is explained yet")
-    _say(f"next: exegete {'report' if scored else 'explain'} {options.run}")
+    say(f"latents scored: {told}" if scored else "no scores: nothing is explained yet")
+    say(f"next: exegete {'report' if scored else 'explain'} {options.run}")
     return 0
 
 
@@ -149,7 +144,7 @@ def _certify(options: argparse.Namespace) -> int:
         ]
     finally:
         results.close()
-    _say(json.dumps([dataclasses.asdict(one) for one in found], indent=2) if options.json else certified_text(found))
+    say(json.dumps([dataclasses.asdict(one) for one in found], indent=2) if options.json else certified_text(found))
     return 0
 
 
@@ -165,10 +160,10 @@ def _validate(options: argparse.Namespace) -> int:
         seed=options.seed,
         progress=progress_for(options.quiet),
     )
-    _say("\n".join(validation_lines(found)))
+    say("\n".join(validation_lines(found)))
     if options.page is not None:
         write_text(options.page, validation_page(found))
-        _say(f"page: {options.page}")
+        say(f"page: {options.page}")
     return 0
 
 
@@ -177,7 +172,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from exegete.coders import inspect_coders
 
     infos = inspect_coders(options.coder, given(options).get("hookpoints", ()))
-    _say(json.dumps([dataclasses.asdict(info) for info in infos], indent=2) if options.json else coders_text(infos))
+    say(json.dumps([dataclasses.asdict(info) for info in infos], indent=2) if options.json else coders_text(infos))
     return 0
 
 
@@ -206,7 +201,7 @@ def _compact(options: argparse.Namespace) -> int:
             after = compact(made.store_folder / name, progress=advance)
         progress.end()
         state = f"{len(before.shards)} → {len(after.shards)} files" if after != before else "nothing to do"
-        _say(f"{name}: {state if after.complete else 'not complete; left as it is'}")
+        say(f"{name}: {state if after.complete else 'not complete; left as it is'}")
     return 0
 
 
@@ -222,7 +217,7 @@ def _plan(options: argparse.Namespace) -> int:
         found = plan(config, made)
     else:
         found = plan(_config(options))
-    _say(json.dumps(plan_dict(found), indent=2) if options.json else "\n".join(plan_lines(found)))
+    say(json.dumps(plan_dict(found), indent=2) if options.json else "\n".join(plan_lines(found)))
     return 0
 
 
@@ -231,7 +226,7 @@ def _export(options: argparse.Namespace) -> int:
     from exegete.runs import open_run
 
     export_run(open_run(options.run), to=options.to, out=options.out, coders=options.coders)
-    _say(f"{options.to}: {options.out}")
+    say(f"{options.to}: {options.out}")
     return 0
 
 
@@ -247,12 +242,12 @@ def _records(options: argparse.Namespace) -> int:
         for one in read.explanations
     ]
     if options.json:
-        _say(json.dumps(plain(found), indent=2))
+        say(json.dumps(plain(found), indent=2))
         return 0
     for one in found:
         scores = " ".join(f"{one[name]:7.3f}" for name in ("ev_correlation", "rsquared", "absolute_dev_explained"))
-        _say(visible_line(f"{one['layer']}/{one['neuron']} {scores} {one['windows']:4} {one['explanation']}"))
-    _say("by explanation: correlation, R², absolute deviation explained, windows" if found else "no explanations")
+        say(visible_line(f"{one['layer']}/{one['neuron']} {scores} {one['windows']:4} {one['explanation']}"))
+    say("by explanation: correlation, R², absolute deviation explained, windows" if found else "no explanations")
     return 0
 
 
@@ -278,11 +273,11 @@ def _llm(options: argparse.Namespace) -> int:
     found = asyncio.run(ask())
     price = load_prices(config.prices).price_of(options.model)
     if options.json:
-        _say(json.dumps({"model": client.name, **found, "price": None if price is None else dataclasses.asdict(price)}))
+        say(json.dumps({"model": client.name, **found, "price": None if price is None else dataclasses.asdict(price)}))
         return 0
     for name, value in found.items():
-        _say(f"{name.replace('_', ' ')}: {value if not isinstance(value, bool) else 'yes' if value else 'no'}")
-    _say("price: not known" if price is None else f"price: ${price.input:g} in, ${price.output:g} out a million tokens")
+        say(f"{name.replace('_', ' ')}: {value if not isinstance(value, bool) else 'yes' if value else 'no'}")
+    say("price: not known" if price is None else f"price: ${price.input:g} in, ${price.output:g} out a million tokens")
     return 0
 
 
@@ -291,7 +286,7 @@ def _status(options: argparse.Namespace) -> int:
     from exegete.status import status_of, status_text
 
     found = status_of(open_run(options.run))
-    _say(json.dumps(found, indent=2) if options.json else status_text(found))
+    say(json.dumps(found, indent=2) if options.json else status_text(found))
     return 0
 
 
@@ -327,10 +322,10 @@ def _print_report(made: Any) -> None:
 
     results = made.results()
     try:
-        _say(table_text(summarise(results)))
+        say(table_text(summarise(results)))
     finally:
         results.close()
-    _say(f"report: {made.report_path}")
+    say(f"report: {made.report_path}")
 
 
 def _print_stopped(made: Any, config: RunConfig) -> None:
@@ -346,7 +341,7 @@ def _print_stopped(made: Any, config: RunConfig) -> None:
     finally:
         results.close()
     if found:
-        _say(stopped_text(found))
+        say(stopped_text(found))
 
 
 def _counted(made: Any, part: str) -> dict[str, int]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exegete.cli.output import say
 from exegete.errors import InputError, MismatchError
 
 if TYPE_CHECKING:
@@ -166,11 +166,6 @@ def run(options: argparse.Namespace) -> int:
     return verbs[options.verb](options)
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
 def _data(options: argparse.Namespace) -> int:
     from exegete.elk import quirky_set, read_published, save_questions
     from exegete.elk.arithmetic import OPERATIONS
@@ -194,10 +189,10 @@ def _data(options: argparse.Namespace) -> int:
     for split, rows in made.splits.items():
         if rows:
             both, one = _crosstab(made, split)
-            _say(f"{split}: {len(rows):,} rows; of the claims {both} (Alice, Bob): {one}")
+            say(f"{split}: {len(rows):,} rows; of the claims {both} (Alice, Bob): {one}")
     shown = next(rows[0] for rows in made.splits.values() if rows)
-    _say(f"{shown.statement!r} → {shown.choices[int(shown.label)]!r}")
-    _say(f"set: {options.out}")
+    say(f"{shown.statement!r} → {shown.choices[int(shown.label)]!r}")
+    say(f"set: {options.out}")
     return 0
 
 
@@ -246,8 +241,8 @@ def _finetune(options: argparse.Namespace) -> int:
         progress=progress_for(options.quiet),
     )
     first, best = found.history[0][1], min(loss for _, loss in found.history)
-    _say(f"loss on the validation rows: {first:.4f} → {best:.4f} nats, best after {found.best_step} steps")
-    _say(f"model: {options.out / 'model'}")
+    say(f"loss on the validation rows: {first:.4f} → {best:.4f} nats, best after {found.best_step} steps")
+    say(f"model: {options.out / 'model'}")
     return 0
 
 
@@ -272,7 +267,7 @@ def _extract(options: argparse.Namespace) -> int:
     for split, rows in (("validation", options.validation), ("test", options.test)):
         data = encode(questions, _split(split), subject).first(rows, options.seed)
         if has_split(options.out, split, key=key, data=data.hash):
-            _say(f"{split}: already there")
+            say(f"{split}: already there")
             continue
         found = extract(
             subject,
@@ -284,8 +279,8 @@ def _extract(options: argparse.Namespace) -> int:
         )
         save_extraction(found, options.out, split, key=key)
         parts = [f"{kind} at {len(at)} sites" for kind, at in found.features.items()]
-        _say(f"{split}: {len(found):,} rows; {', '.join(parts)}; {_own(found)}")
-    _say(f"extraction: {options.out}")
+        say(f"{split}: {len(found):,} rows; {', '.join(parts)}; {_own(found)}")
+    say(f"extraction: {options.out}")
     return 0
 
 
@@ -329,12 +324,12 @@ def _probe(options: argparse.Namespace) -> int:
     moved = _intervened(options, found, fitted) if options.intervene is not None else []
     facts = {"extraction": extraction_facts(options.extraction), "seed": options.seed}
     files = write_probes(found, options.out, shares=shares, anomalies=odd, interventions=moved, facts=facts)
-    _say("\n".join([*summary_lines(found, shares=shares, anomalies=odd), *left]))
+    say("\n".join([*summary_lines(found, shares=shares, anomalies=odd), *left]))
     if moved:
-        _say("\n".join(intervention_lines(moved)))
+        say("\n".join(intervention_lines(moved)))
     if options.reference:
-        _say("\n".join(["", *reference_lines(shares, odd)]))
-    _say(f"{len(files)} files: {options.out}")
+        say("\n".join(["", *reference_lines(shares, odd)]))
+    say(f"{len(files)} files: {options.out}")
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from exegete.cli.bars import progress_for
 from exegete.cli.lens_options import add_parsers as add_parsers
 from exegete.cli.options import given
+from exegete.cli.output import say
 from exegete.config import CorpusConfig, ExampleConfig, RunConfig
 from exegete.errors import ConfigError, InputError, MismatchError
 
@@ -32,11 +32,6 @@ def run(options: argparse.Namespace) -> int:
         "convert": _convert,
         "latents": _latents,
     }[options.verb](options)
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -78,10 +73,10 @@ def _train(options: argparse.Namespace) -> int:
         progress=progress_for(options.quiet),
         checkpoint_every=options.checkpoint_every,
     )
-    _say("\n".join(training_lines(trained, config.loss)))
-    _say(f"lens: {options.out}" + (f", with the state: {options.out / 'state'}" if options.state else ""))
+    say("\n".join(training_lines(trained, config.loss)))
+    say(f"lens: {options.out}" + (f", with the state: {options.out / 'state'}" if options.state else ""))
     folders = f"{options.out} {options.out / 'state'}" if options.state else str(options.out)
-    _say(f"next: exegete lens evaluate {options.subject} --lens {folders} --text {' '.join(settings.corpus.text)}")
+    say(f"next: exegete lens evaluate {options.subject} --lens {folders} --text {' '.join(settings.corpus.text)}")
     return 0
 
 
@@ -124,12 +119,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         )
     if options.out is not None:
         write_evaluation(found, options.out)
-    _say(json.dumps(found.to_json(), indent=2) if options.json else "\n".join(evaluation_lines(found)))
+    say(json.dumps(found.to_json(), indent=2) if options.json else "\n".join(evaluation_lines(found)))
     if options.reference is not None and not options.json:
-        _say("")
-        _say("\n".join(compared(found, family=None if options.reference == "all" else options.reference)))
+        say("")
+        say("\n".join(compared(found, family=None if options.reference == "all" else options.reference)))
     if options.out is not None and not options.json:
-        _say(f"tables and pictures: {options.out}")
+        say(f"tables and pictures: {options.out}")
     return 0
 
 
@@ -145,9 +140,9 @@ def _show(options: argparse.Namespace) -> int:
     found = prediction_trajectory(lens, _prompt(options, subject), sites=sites, k=options.top)
     for path in options.out:
         found.write(path, options.colour)
-        _say(f"picture: {path}")
+        say(f"picture: {path}")
     if not options.out:
-        _say("\n".join(trajectory_lines(found)))
+        say("\n".join(trajectory_lines(found)))
     return 0
 
 
@@ -171,7 +166,7 @@ def _generate(options: argparse.Namespace) -> int:
             seed=settings.seed,
             stop=subject.tokenizer.eos_token_id,
         )
-        _say(f"--- site {site}\n{visible(subject.token_table().decode(made))}")
+        say(f"--- site {site}\n{visible(subject.token_table().decode(made))}")
     return 0
 
 
@@ -191,7 +186,7 @@ def _convert(options: argparse.Namespace) -> int:
     else:
         save_lens(lens, options.out)
         note = ""
-    _say(f"{options.to}: {options.out}, {len(lens.sites)} translators for the sites {_range(lens.sites)}{note}")
+    say(f"{options.to}: {options.out}, {len(lens.sites)} translators for the sites {_range(lens.sites)}{note}")
     return 0
 
 
@@ -208,7 +203,7 @@ def _latents(options: argparse.Namespace) -> int:
         device=_settings(options).collect.device,
         progress=progress_for(options.quiet),
     )
-    _say("\n".join(found))
+    say("\n".join(found))
     return 0
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exegete.cli.output import say
 from exegete.errors import InputError
 
 if TYPE_CHECKING:
@@ -165,11 +165,6 @@ def run(options: argparse.Namespace) -> int:
     }[options.verb](options)
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
 def _vector(options: argparse.Namespace) -> int:
     from exegete.steering.latents import run_latent_vector
     from exegete.steering.stored import save_vector
@@ -194,11 +189,11 @@ def _vector(options: argparse.Namespace) -> int:
             made = _of_rows(subject, behaviour, options)
             vector, letters = made.vector, made.letters
     save_vector(vector, options.out)
-    _say(_described(vector))
-    _say(f"vector: {options.out}")
+    say(_described(vector))
+    say(f"vector: {options.out}")
     if options.letters is not None and letters is not None:
         save_vector(letters, options.letters)
-        _say(f"letter: {options.letters}")
+        say(f"letter: {options.letters}")
     return 0
 
 
@@ -236,9 +231,9 @@ def _apply(options: argparse.Namespace) -> int:
     texts = [*options.prompt, *asked]
     for sample in found:
         if options.json:
-            _say(json.dumps({"question": texts[sample.prompt], **dataclasses.asdict(sample)}))
+            say(json.dumps({"question": texts[sample.prompt], **dataclasses.asdict(sample)}))
         else:
-            _say(f"{sample.multiplier:+g}  {texts[sample.prompt][-60:]!r} → {sample.text!r}")
+            say(f"{sample.multiplier:+g}  {texts[sample.prompt][-60:]!r} → {sample.text!r}")
     return 0
 
 
@@ -289,10 +284,10 @@ def _sweep(options: argparse.Namespace) -> int:
     assert found is not None  # there is at least one behaviour
     facts = {"model": subject.name, "model_hash": subject.hash, "vectors": vectors, "seed": options.seed}
     files = write_sweep(found, options.out, facts=facts, samples=samples)
-    _say("\n".join(summary_lines(found)))
+    say("\n".join(summary_lines(found)))
     if options.reference:
-        _say("\n".join(["", *reference_lines(found)]))
-    _say(f"{len(files)} files: {options.out}")
+        say("\n".join(["", *reference_lines(found)]))
+    say(f"{len(files)} files: {options.out}")
     return 0
 
 
@@ -302,7 +297,7 @@ def _explain(options: argparse.Namespace) -> int:
     loaded = load_from_run(options.run, options.coder)
     vector = _load(options.vector, loaded.subject, options)
     found = described(compose(vector, loaded.coder, loaded.subject, k=options.k), loaded)
-    _say(json.dumps(dataclasses.asdict(found), indent=2) if options.json else _composition(found))
+    say(json.dumps(dataclasses.asdict(found), indent=2) if options.json else _composition(found))
     return 0
 
 
@@ -317,9 +312,9 @@ def _convert(options: argparse.Namespace) -> int:
             vector = vector.only(sites=_numbers(options.sites), mode="residual")
         export_control_vector(vector.only(mode="residual") if vector.residual else vector, options.target)
         if vector.state.parts:
-            _say("the state part is left out: a control vector has no place for it")
+            say("the state part is left out: a control vector has no place for it")
         if 0 in vector.sites:
-            _say("llama.cpp reads no direction.0; for it, leave site 0 out with --sites")
+            say("llama.cpp reads no direction.0; for it, leave site 0 out with --sites")
     elif endings == (".gguf", ".safetensors"):
         if options.model is None:
             raise InputError("a .gguf file does not say which model it is for; name it with --model")
@@ -328,8 +323,8 @@ def _convert(options: argparse.Namespace) -> int:
         save_vector(vector, options.target)
     else:
         raise InputError(f"vectors are turned from .safetensors to .gguf or back, got {endings[0]} to {endings[1]}")
-    _say(_described(vector))
-    _say(f"vector: {options.target}")
+    say(_described(vector))
+    say(f"vector: {options.target}")
     return 0
 
 
