@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.mamba import modeling_mamba
 
-from exegete.subjects.fast_scan import SCAN, _built, fast_scan, selective_scan
-from exegete.testing import toy_subject_model
+from exegete.subjects import Subject
+from exegete.subjects.fast_scan import _built, fast_scan, selective_scan
+from exegete.testing import toy_subject_model, toy_tokenizer
+
+fast_scan_module = importlib.import_module("exegete.subjects.fast_scan")
 
 ROWS, CHANNELS, STATES = 3, 5, 4
 
@@ -124,32 +130,73 @@ def test_the_operators_are_well_formed() -> None:
     torch.library.opcheck(torch.ops.exegete.selective_scan, (*inputs, False))
 
 
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Threads that ran the fast scan, in order."""
+    found: list[int] = []
+    real = fast_scan_module.selective_scan
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        found.append(threading.get_ident())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(fast_scan_module, "selective_scan", counted)
+    return found
+
+
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba"])
-def test_models_run_on_it_and_only_within_the_block(family: str, tmp_path: Path) -> None:
+def test_models_run_on_it_and_only_within_the_block(family: str, tmp_path: Path, scans: list[int]) -> None:
     model = toy(family, tmp_path)
-    home = vars(sys.modules[type(model).__module__])
-    stock = home[SCAN]
     tokens = torch.arange(14).reshape(2, 7)
     plain = model(input_ids=tokens, use_cache=False).logits
     plain.square().mean().backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
+    assert scans == []
     with fast_scan(model):
-        assert home[SCAN] is not stock
         fast = model(input_ids=tokens, use_cache=False).logits
         fast.square().mean().backward()
-    assert home[SCAN] is stock
+    assert scans
+    ran = len(scans)
+    again = model(input_ids=tokens, use_cache=False).logits
+    assert len(scans) == ran
+    assert torch.equal(again, plain)
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
     for mine, theirs in zip((p.grad for p in model.parameters() if p.grad is not None), gradients, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-3)
 
 
-def test_an_error_within_the_block_gives_the_stock_scan_back(tmp_path: Path) -> None:
+def test_an_error_within_the_block_gives_the_stock_scan_back(tmp_path: Path, scans: list[int]) -> None:
     model = toy("mamba", tmp_path)
-    stock = vars(modeling_mamba)[SCAN]
     with pytest.raises(KeyError), fast_scan(model):
         raise KeyError
-    assert vars(modeling_mamba)[SCAN] is stock
+    model(input_ids=torch.arange(3)[None], use_cache=False)
+    assert scans == []
+
+
+def test_other_threads_are_left_as_they_are(tmp_path: Path, scans: list[int]) -> None:
+    model = toy("mamba", tmp_path)
+    tokens = torch.arange(6).reshape(1, 6)
+    plain = model(input_ids=tokens, use_cache=False).logits.detach()
+    with ThreadPoolExecutor(1) as pool, fast_scan(model):
+        other = pool.submit(lambda: model(input_ids=tokens, use_cache=False).logits.detach()).result()
+        assert scans == []
+        with fast_scan(model):
+            pass
+        model(input_ids=tokens, use_cache=False)
+    assert set(scans) == {threading.get_ident()}
+    assert torch.equal(other, plain)
+
+
+def test_activations_are_captured_on_it(tmp_path: Path, scans: list[int]) -> None:
+    model = toy("mamba", tmp_path)
+    subject = Subject(model, toy_tokenizer(), name="toy")
+    tokens = torch.arange(14).reshape(2, 7)
+    found = subject.capture(tokens, None, [("layers.1", "output")])["layers.1", "output"]
+    assert scans
+    with torch.no_grad():
+        states = model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(found, states[1], atol=1e-5, rtol=1e-4)
 
 
 def test_other_families_are_left_as_they_are(tmp_path: Path) -> None:

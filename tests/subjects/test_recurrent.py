@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from studies.recurrent.conformance import LINEAR, unevenness
 
 from exegete.errors import InputError, MismatchError
 from exegete.subjects import Subject, load_subject
@@ -68,17 +69,6 @@ SHAPES = {  # without rows, of the first block that has it
     ("qwen3_next", "kv"): (4, 8, 8),
     ("xlstm", "kv"): (2, 32, 32),
     ("xlstm", "den"): (2, 32),
-}
-# A component, and a point inside a block (a module and a side) that is an affine function of it in the next step.
-LINEAR = {
-    "mamba": ("ssm", "", "output"),
-    "falcon_mamba": ("ssm", "", "output"),
-    "jamba": ("ssm", "mamba", "output"),
-    "mamba2": ("ssm", "mixer.norm", "input"),
-    "rwkv": ("num", "attention", "output"),
-    "recurrent_gemma": ("lru", "temporal_block", "output"),
-    "qwen3_next": ("kv", "linear_attn.norm", "input"),
-    "xlstm": ("kv", "mlstm_layer.multihead_norm", "input"),
 }
 _LOADED: dict[str, Subject] = {}
 
@@ -254,37 +244,10 @@ def test_the_state_is_that_of_the_row_and_the_row_goes_on_from_it(subject: Subje
 
 @pytest.mark.parametrize("family", LINEAR)
 def test_the_first_step_is_linear_in_the_state_where_theory_says_so(family: str, tmp_path: Path) -> None:
-    subject = loaded(family, tmp_path)
-    component, inner, side = LINEAR[family]
-    block, ids = 0, tokens()
-    name = site_point(subject, block)[0] + (f".{inner}" if inner else "")
-    running = Running.start(subject, ids[:, :6])
-    state = running.state()
-    vectors = {n: StateVector({block: {n: v.std(dim=0) + v[0]}}) for n, v in state[block].items()}
-
-    def given(component: str, multiplier: float) -> torch.Tensor:
-        caught: list[torch.Tensor] = []
-
-        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            value = (*args, *kwargs.values())[0] if side == "input" else output
-            caught.append(value[0] if isinstance(value, tuple) else value)
-
-        copied = running.copy()
-        copied.edit(AddState(vectors[component], multiplier))
-        module = subject.model.base_model.get_submodule(name)
-        handle = module.register_forward_hook(hook, with_kwargs=True)
-        copied.feed(ids[:, 6:7])
-        handle.remove()
-        return caught[0].double()
-
-    def unevenness(component: str) -> float:
-        base, once, twice = (given(component, m) for m in (0.0, 1.0, 2.0))
-        assert (once - base).norm() > 1e-3
-        return float(((twice - base) - 2 * (once - base)).norm() / (once - base).norm())
-
-    assert unevenness(component) < 1e-3
+    subject, (component, *point) = loaded(family, tmp_path), LINEAR[family]
+    assert unevenness(subject, component, *point) < 1e-3
     for other in {"mamba": ["conv"], "falcon_mamba": ["conv"], "mamba2": ["conv"], "rwkv": ["den"]}.get(family, ()):
-        assert unevenness(other) > 1e-2
+        assert unevenness(subject, other, *point) > 1e-2
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba"])

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,23 +26,47 @@ SCAN = "mamba_selective_scan"
 STEPS = 4
 
 
+_chosen: ContextVar[bool | None] = ContextVar("fast_scan", default=None)
+"""Whether this thread's scans are the ones below, and then whether compiled; None: those of transformers."""
+_choices: dict[str, Callable[..., Any]] = {}
+_choosing = threading.Lock()
+
+
 @contextmanager
 def fast_scan(model: torch.nn.Module, *, compiled: bool = False) -> Iterator[None]:
-    """Have the Mamba-1 layers of a model's family scan faster within the block; other families are left as they are.
+    """Have Mamba-1 layers scan faster within the block on CPU in float32 or wider; all else is left as it is.
 
-    The scan is a function of the family's module in transformers, so every model of the family is served, in all
-    threads. ``compiled`` has torch.compile build it for each shape: worth it where many batches of one shape follow.
+    Only what this thread runs within the block is concerned. ``compiled`` has torch.compile build the scan for each
+    shape: worth it where many batches of one shape follow.
     """
-    home = sys.modules[type(model).__module__]
-    stock = vars(home).get(SCAN)
-    if stock is None:
-        yield
-        return
-    setattr(home, SCAN, functools.partial(selective_scan, compiled=compiled))
+    _offer(type(model).__module__)
+    before = _chosen.set(compiled)
     try:
         yield
     finally:
-        setattr(home, SCAN, stock)
+        _chosen.reset(before)
+
+
+def _offer(module: str) -> None:
+    """Put a choice between the two scans in place of a family's own, once: layers look it up in their module."""
+    home = vars(sys.modules[module])
+    with _choosing:
+        if SCAN in home and home[SCAN] is not _choices.get(module):
+            _choices[module] = home[SCAN] = _choice(home[SCAN])
+
+
+def _choice(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def scan(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # What torch.compile builds of a whole layer holds its own scan, other devices have kernels, and half floats
+        # are to round where the model rounds them.
+        wide = hidden_states.device.type == "cpu" and hidden_states.dtype in (torch.float32, torch.float64)
+        compiled = None if torch.compiler.is_compiling() or not wide else _chosen.get()
+        if compiled is None:
+            return stock(hidden_states, *args, **kwargs)
+        return selective_scan(hidden_states, *args, **{**kwargs, "compiled": compiled})
+
+    return scan
 
 
 def selective_scan(

@@ -13,6 +13,7 @@ import torch
 from exegete.errors import InputError, MismatchError
 from exegete.subjects import hooks
 from exegete.subjects.compiling import CompiledLayers
+from exegete.subjects.fast_scan import fast_scan
 from exegete.subjects.identity import folder_hash, state_hash
 from exegete.subjects.names import Point, expand, layers, neurons
 from exegete.subjects.packing import is_packed, runs, within_documents
@@ -217,6 +218,7 @@ class Subject:
         with contextlib.ExitStack() as held:
             if self._compiled is not None:
                 held.enter_context(self._compiled.installed(name for name, _ in points))
+            held.enter_context(fast_scan(self.model))
             if documents is not None:
                 run, places = runs(documents.to(self.device))
                 held.enter_context(within_documents(tuple(self._layers.values()), run, self._attention))
