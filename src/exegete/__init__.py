@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from exegete.steering import pair_vector as pair_vector
     from exegete.steering import save_vector as save_vector
     from exegete.steering import steered as steered
+    from exegete.subjects import inspect_subject as inspect_subject
     from exegete.subjects import load_subject as load_subject
     from exegete.testing import validate as validate
     from exegete.types import Example as Example
@@ -98,6 +99,7 @@ _HOMES = {
     "from_json": "exegete.codec",
     "generate_from_site": "exegete.lens",
     "inspect_coders": "exegete.coders",
+    "inspect_subject": "exegete.subjects",
     "latent_tokens": "exegete.lens",
     "latent_vector": "exegete.steering",
     "load_coder": "exegete.coders",
@@ -159,6 +161,7 @@ __all__ = [
     "from_json",
     "generate_from_site",
     "inspect_coders",
+    "inspect_subject",
     "latent_tokens",
     "latent_vector",
     "load_coder",

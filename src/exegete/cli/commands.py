@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +168,28 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    named = given(options)
+    if options.subject:
+        return _inspect_subject(options, named)
+    if "collect" in named:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in named["collect"])
+        raise ConfigError(f"{names} say how a model is loaded; give --subject to look at one")
     from exegete.cli.coder_text import coders_text
     from exegete.coders import inspect_coders
 
-    infos = inspect_coders(options.coder, given(options).get("hookpoints", ()))
+    infos = inspect_coders(options.what, named.get("hookpoints", ()))
     say(json.dumps([dataclasses.asdict(info) for info in infos], indent=2) if options.json else coders_text(infos))
+    return 0
+
+
+def _inspect_subject(options: argparse.Namespace, named: Mapping[str, Any]) -> int:
+    if "hookpoints" in named:
+        raise ConfigError("--hookpoints chooses coders; with --subject all hookpoints of the model are listed")
+    from exegete.cli.subject_text import subject_text
+    from exegete.subjects import inspect_subject, load_subject
+
+    info = inspect_subject(load_subject(options.what, **named.get("collect", {})))
+    say(json.dumps(info.as_dict(), indent=2) if options.json else subject_text(info))
     return 0
 
 

@@ -160,9 +160,21 @@ def build_parser() -> Parser:
     validate.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default: 0)")
     validate.add_argument("--page", type=Path, metavar="FILE", help="write the page of the documentation here, too")
 
-    inspect = command("inspect", "Say what a coder is, or the coders of a repository, without loading weights.")
-    inspect.add_argument("coder", metavar="CODER", help="PATH[:SUB], a hub id ORG/NAME[:SUB], or saelens:RELEASE:ID")
-    add_settings(inspect, only={"hookpoints"})
+    inspect = command(
+        "inspect", "Say what a coder is, or the coders of a repository, without loading weights; or what a subject is."
+    )
+    inspect.add_argument(
+        "what",
+        metavar="CODER | MODEL",
+        help="PATH[:SUB], a hub id ORG/NAME[:SUB], or saelens:RELEASE:ID; with --subject a model folder or hub id",
+    )
+    inspect.add_argument(
+        "--subject",
+        action="store_true",
+        help="load a model and say where it can be read, what it carries from token to token, and how exactly it runs",
+    )
+    model = {"collect.device", "collect.dtype", "collect.device_map", "collect.remote_code"}
+    add_settings(inspect, only={"hookpoints", *model})
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
     store = command("store", "Work on the firings of a collected run.")

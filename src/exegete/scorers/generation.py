@@ -240,7 +240,7 @@ def measure(subject: Subject, coder: SparseCoder, index: int, texts: Sequence[st
     table = subject.token_table()
     begin = [] if subject.bos is None else [subject.bos]
     rows = [[*begin, *ids] for ids in TextEncoder(subject.tokenizer).encode(list(texts))]
-    positions = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = subject.context or math.inf
     read = [place for place, row in enumerate(rows) if len(row) <= positions]
     found: list[Measured | None] = [None] * len(rows)
     for start in range(0, len(read), _ROWS):

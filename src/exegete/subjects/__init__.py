@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from exegete.subjects.inspecting import Hookpoints, SubjectInfo, inspect_subject
     from exegete.subjects.load import load_subject, load_tokenizer
     from exegete.subjects.names import Point, expand
     from exegete.subjects.randomise import randomised
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AddState",
     "ClampState",
+    "Hookpoints",
     "Point",
     "Readout",
     "ReplaceState",
@@ -30,8 +32,10 @@ __all__ = [
     "StateEdit",
     "StateVector",
     "Subject",
+    "SubjectInfo",
     "Verdict",
     "expand",
+    "inspect_subject",
     "load_subject",
     "load_tokenizer",
     "n_blocks",
@@ -46,6 +50,7 @@ __all__ = [
 _HOMES = {
     "AddState": "recurrent_state",
     "ClampState": "recurrent_state",
+    "Hookpoints": "inspecting",
     "Point": "names",
     "Readout": "readout",
     "ReplaceState": "recurrent_state",
@@ -54,8 +59,10 @@ _HOMES = {
     "StateEdit": "recurrent_state",
     "StateVector": "recurrent_state",
     "Subject": "subject",
+    "SubjectInfo": "inspecting",
     "Verdict": "verdicts",
     "expand": "names",
+    "inspect_subject": "inspecting",
     "load_subject": "load",
     "load_tokenizer": "load",
     "n_blocks": "sites",

@@ -16,6 +16,7 @@ from typing import Any, final
 import torch
 
 from exegete.errors import InputError
+from exegete.subjects.fast_scan import fast_scan
 from exegete.subjects.names import layers
 from exegete.subjects.subject import Subject
 
@@ -80,7 +81,8 @@ def called(model: Any, tokens: torch.Tensor, *, last: bool = False, **options: A
     """Call a model on tokens with those of the options that it knows."""
     known = inspect.signature(model.forward).parameters
     given = {**({"logits_to_keep": 1} if last else {}), **options}
-    output: Mapping[str, Any] = model(input_ids=tokens, **{n: v for n, v in given.items() if n in known})
+    with fast_scan(model):
+        output: Mapping[str, Any] = model(input_ids=tokens, **{n: v for n, v in given.items() if n in known})
     return output
 
 

@@ -72,6 +72,12 @@ class Subject:
         found: int | None = self.tokenizer.bos_token_id
         return found
 
+    @property
+    def context(self) -> int | None:
+        """The most tokens of a row that the model was made for; None where its configuration names no limit."""
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(found) if found else None
+
     @cached_property
     def _modules(self) -> dict[str, torch.nn.Module]:
         named = self.model.base_model.named_modules()
