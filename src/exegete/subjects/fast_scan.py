@@ -11,62 +11,36 @@ rounding; the gradient can be taken once, not of itself.
 from __future__ import annotations
 
 import functools
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SCAN = "mamba_selective_scan"
+from exegete.subjects.replaced import Replaced
+
 # Four steps at a time: compiled, the states of longer chunks no longer fit the registers.
 STEPS = 4
 
 
-_chosen: ContextVar[bool | None] = ContextVar("fast_scan", default=None)
-"""Whether this thread's scans are the ones below, and then whether compiled; None: those of transformers."""
-_choices: dict[str, Callable[..., Any]] = {}
-_choosing = threading.Lock()
-
-
-@contextmanager
-def fast_scan(model: torch.nn.Module, *, compiled: bool = False) -> Iterator[None]:
+def fast_scan(model: torch.nn.Module, *, compiled: bool = False) -> AbstractContextManager[None]:
     """Have Mamba-1 layers scan faster within the block on CPU in float32 or wider; all else is left as it is.
 
     Only what this thread runs within the block is concerned. ``compiled`` has torch.compile build the scan for each
     shape: worth it where many batches of one shape follow.
     """
-    _offer(type(model).__module__)
-    before = _chosen.set(compiled)
-    try:
-        yield
-    finally:
-        _chosen.reset(before)
+    return _SCAN.taken(model, compiled)
 
 
-def _offer(module: str) -> None:
-    """Put a choice between the two scans in place of a family's own, once: layers look it up in their module."""
-    home = vars(sys.modules[module])
-    with _choosing:
-        if SCAN in home and home[SCAN] is not _choices.get(module):
-            _choices[module] = home[SCAN] = _choice(home[SCAN])
+def _faster(stock: Any, compiled: bool, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    # Other devices have kernels, and half floats are to round where the model rounds them.
+    if hidden_states.device.type != "cpu" or hidden_states.dtype not in (torch.float32, torch.float64):
+        return stock(hidden_states, *args, **kwargs)
+    return selective_scan(hidden_states, *args, **{**kwargs, "compiled": compiled})
 
 
-def _choice(stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)
-    def scan(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # What torch.compile builds of a whole layer holds its own scan, other devices have kernels, and half floats
-        # are to round where the model rounds them.
-        wide = hidden_states.device.type == "cpu" and hidden_states.dtype in (torch.float32, torch.float64)
-        compiled = None if torch.compiler.is_compiling() or not wide else _chosen.get()
-        if compiled is None:
-            return stock(hidden_states, *args, **kwargs)
-        return selective_scan(hidden_states, *args, **{**kwargs, "compiled": compiled})
-
-    return scan
+_SCAN = Replaced("mamba_selective_scan", _faster)
 
 
 def selective_scan(

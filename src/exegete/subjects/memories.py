@@ -7,6 +7,7 @@ float32 or wider; whatever is written back and did not change keeps every bit of
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ import torch
 from exegete.errors import InputError
 from exegete.subjects.fast_scan import fast_scan
 from exegete.subjects.names import layers
+from exegete.subjects.step_limits import step_limits
 from exegete.subjects.subject import Subject
 
 Parts = dict[int, dict[str, torch.Tensor]]
@@ -97,7 +99,8 @@ class CacheMemory(Memory):
 
     States of a mixer of the Mamba kind are ``conv`` [rows, channels, window] and ``ssm``; of the delta-net kind
     ``conv`` and ``kv`` [rows, heads, d_key, d_value]. Several convolutions of one layer are one component, channels
-    after channels. Mended, the model is told the positions of its tokens, for some count from 0 in every call (Bamba).
+    after channels. Mended, the model is told the positions of its tokens, for some count from 0 in every call (Bamba),
+    and single steps keep within the limits of whole passes (Zamba 2, Nemotron-H).
     """
 
     def __init__(self, subject: Subject, cache: Any = None, *, mended: bool = True, length: int = 0) -> None:
@@ -110,7 +113,9 @@ class CacheMemory(Memory):
         options = {} if self._cache is None else {self._name: self._cache}
         if self._mended:
             options["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None] + self._length
-        output = called(self._subject.model, tokens, last=last, use_cache=True, **options)
+        model = self._subject.model
+        with step_limits(model) if self._mended else contextlib.nullcontext():
+            output = called(model, tokens, last=last, use_cache=True, **options)
         self._cache = output[self._name]
         self._length += tokens.shape[1]
         logits: torch.Tensor = output["logits"]

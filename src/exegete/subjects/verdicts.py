@@ -49,8 +49,7 @@ class Verdict:
         chunks: Whether several tokens after a prefill are exact.
         steps: Whether single steps of one row are.
         batched: Whether single steps of several rows are, as the model has them.
-        route: How tokens are fed after others. Single steps off by up to ten times the bound in float32 are run as
-            they are: those of Zamba 2 and Nemotron-H leave out a clamp of the step size that their whole passes make.
+        route: How tokens are fed after others.
         components: The components of the state, in order of their first block; none for nothing but attention.
         layers: The blocks that carry a state.
     """
@@ -96,7 +95,7 @@ def _tried(subject: Subject) -> Verdict:
     chunk = _error(lambda: [_chunked(subject, tokens)], whole)
     # In half floats a forgotten state may differ by less than the bound, though by more than steps do.
     chunks = chunk <= bound and (exact or chunk <= 4 * mended)
-    together = mended <= (10 * bound if exact else bound)
+    together = mended <= bound
     components, blocks = _carried(subject, tokens)
     return Verdict(
         family=str(subject.model.config.model_type),
