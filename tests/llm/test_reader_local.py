@@ -26,8 +26,8 @@ WAYS = {
     "gpt2": "at once",
     "rwkv": "at once",
     "mamba2": "at once",
-    "mamba": "one by one",
-    "jamba": "one by one",
+    "mamba": "at once",
+    "jamba": "at once",
     "recurrent_gemma": "whole texts",  # keeps its state in its modules
 }
 STEM = "The quick brown fox jumps over the lazy dog. " * 3 + "A description of text:\n"

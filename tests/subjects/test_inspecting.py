@@ -34,7 +34,7 @@ def test_a_recurrent_subject(mamba: Path) -> None:
     assert found["layers.*.mixer.in_proj"] == (3, 2 * subject.model.config.intermediate_size)
     assert found["layers.*.mixer.conv1d"] == (3, None)  # channels before positions
     assert info.verdict is not None
-    assert (info.verdict.route, info.verdict.components) == ("steps", ("conv", "ssm"))
+    assert (info.verdict.route, info.verdict.components) == ("chunks", ("conv", "ssm"))
     assert ex.inspect_subject(subject, tried=False).verdict is None
 
 
@@ -55,8 +55,9 @@ def test_the_command_says_it(mamba: Path, capsys: pytest.CaptureFixture[str]) ->
     for part in (
         "conv, ssm in blocks 0-2",
         "-1 (the embedding) to 2, d = 32",
-        "several tokens  wrong: off by",
-        "is fed one by one",
+        "its own chunks   wrong: off by",
+        "chunks here      exact: off by",
+        "is fed several tokens at once",
         "layers.*.mixer.out_proj",
     ):
         assert part in text
@@ -72,7 +73,7 @@ def test_what_fails_is_null_in_json(tmp_path: Path, capsys: pytest.CaptureFixtur
     read = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert read["verdict"]["batch_error"] is None
     assert main(["inspect", str(folder), "--subject"]) == 0
-    assert "steps of rows   fails" in capsys.readouterr().out
+    assert "… of rows        fails" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_line(mamba: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ EXPECTED = {
     "jamba": Expected("conv ssm", layers=MIXED, chunks=False),
     "zamba2": Expected("conv ssm", steps=False, batched=False),  # steps leave out a clamp of the step size
     "falcon_h1": Expected("conv ssm"),
-    "bamba": Expected("conv ssm", layers=MIXED, steps=False, batched=False),  # steps count positions from 0
+    "bamba": Expected("conv ssm", layers=MIXED, chunks=False, steps=False, batched=False),  # it counts from 0 each call
     "granitemoehybrid": Expected("conv ssm", layers=MIXED),
     "nemotron_h": Expected("conv ssm", layers=(0,), steps=False, batched=False),  # as zamba2
     "qwen3_next": Expected("conv kv", layers=MIXED),
@@ -117,7 +117,8 @@ def test_the_verdict(subject: Subject, family: str) -> None:
     assert found.components == tuple(wanted.components.split())
     assert found.layers == wanted.layers
     assert (found.chunks, found.steps, found.batched) == (wanted.chunks, wanted.steps, wanted.batched)
-    assert found.route == ("chunks" if wanted.chunks else "steps")
+    assert found.route == ("steps" if family == "recurrent_gemma" else "chunks")
+    assert (found.mended_chunk_error <= found.bound) == (family != "recurrent_gemma")
     assert found.exact
     assert found.mended_error <= found.bound
     assert verdict(subject) is found
@@ -300,12 +301,13 @@ def test_the_verdict_is_not_of_the_edit_that_it_is_asked_under(tmp_path: Path) -
 
 
 def test_half_floats(tmp_path: Path) -> None:
-    for family, chunks in (("mamba", False), ("mamba2", True), ("rwkv", True), ("llama", True)):
+    for family in ("mamba", "mamba2", "rwkv", "llama"):
         folder = toy_subject_model(family, tmp_path / family)
         half = load_subject(str(folder), device="cpu", dtype="bfloat16")
         found = verdict(half)
         assert found.exact
-        assert (found.route == "chunks") <= chunks
+        assert found.chunks == (family != "mamba")
+        assert found.route == "chunks"
         running = Running.start(half, tokens()[:, :6])
         assert running.logits.dtype == torch.float32
         state = running.state()

@@ -41,11 +41,12 @@ def _verdict(found: Verdict) -> dict[str, str]:
     return {
         "state": f"{', '.join(found.components)} in blocks {_ranges(found.layers)}" if found.components else "none",
         "readout": _error(found.readout_error, found.bound),
-        "single steps": _error(found.steps_error, found.bound),
-        "several tokens": _error(found.chunk_error, found.bound),
-        "steps of rows": _error(found.batch_error, found.bound),
-        "as run here": _error(found.mended_error, found.bound),
-        "what follows": f"is fed {_ROUTES[found.route]}",
+        "its own steps": _error(found.steps_error, found.bound),
+        "… of rows": _error(found.batch_error, found.bound),
+        "its own chunks": _error(found.chunk_error, found.bound),
+        "steps here": _error(found.mended_error, found.bound),
+        "chunks here": _error(found.mended_chunk_error, found.bound),
+        "so what follows": f"is fed {_ROUTES[found.route]}",
     }
 
 

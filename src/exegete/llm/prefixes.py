@@ -1,8 +1,7 @@
 """A causal model that goes on from beginnings it has read: what it holds after them is copied, never changed.
 
-How a family can go on is seen, not assumed: from a short beginning, two continuations are run in every way and held
-against plain passes over the whole text. Attention takes many tokens at once; some recurrent families (Mamba) take
-them only one by one from a state; a family that keeps its state where it cannot be copied reads whole texts.
+Whether a family can go on is seen, not assumed: from a short beginning, two continuations are run and held against
+plain passes over the whole text. A family that keeps its state where it cannot be copied reads whole texts.
 """
 
 from __future__ import annotations
@@ -17,7 +16,11 @@ from typing import Any, Literal, final
 
 import torch
 
-Way = Literal["at once", "one by one", "whole texts"]
+from exegete.subjects.fast_scan import fast_scan
+from exegete.subjects.memories import recurrent_states
+from exegete.subjects.step_limits import step_limits
+
+Way = Literal["at once", "whole texts"]
 FIELDS = ("past_key_values", "cache_params", "state")
 """Under which names families of transformers give what they hold, and take it back."""
 _GROWN = ("keys", "values")
@@ -63,17 +66,12 @@ class Prefixes:
         tails = torch.tensor([[(11 * i + 29 * row + 3) % self.size for i in range(5)] for row in range(2)])
         head = torch.tensor([beginning])
         plain = torch.cat([self._plain(torch.cat([head, tail[None]], dim=1), len(beginning)) for tail in tails])
-        ways: tuple[Way, ...] = ("at once", "one by one")
-        for way in ways:
-            try:
-                held = self._read(NOTHING, beginning[:4], way)
-                held = self._read(held, beginning, way)
-                seen = [self._advance(held, tails, 0, way)[0] for _ in range(2)]  # the first may have changed it
-            except _REFUSALS:
-                continue
-            if all(self._near(found, plain) for found in seen):
-                return way
-        return "whole texts"
+        try:
+            held = self._read(self._read(NOTHING, beginning[:4]), beginning)
+            seen = [self._advance(held, tails, 0)[0] for _ in range(2)]  # the first may have changed it
+        except _REFUSALS:
+            return "whole texts"
+        return "at once" if all(self._near(found, plain) for found in seen) else "whole texts"
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int], start: Held = NOTHING) -> Held:
@@ -89,7 +87,7 @@ class Prefixes:
         if (start.ids, start.passes) in self._kept:  # what others go on from stays longest
             self._kept.move_to_end((start.ids, start.passes))
         if (wanted, passes) not in self._kept:
-            self._kept[wanted, passes] = self._read(start, wanted, self.way)
+            self._kept[wanted, passes] = self._read(start, wanted)
         self._kept.move_to_end((wanted, passes))
         while len(self._kept) > self._keep:
             self._kept.popitem(last=False)
@@ -106,40 +104,36 @@ class Prefixes:
         if self.way == "whole texts":
             head = torch.tensor([held.ids]).expand(len(tails), -1)
             return self._plain(torch.cat([head, tails], dim=1), first + len(held.ids))
-        return self._advance(held, tails, first, self.way)[0]
+        return self._advance(held, tails, first)[0]
 
     def _plain(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         return self._run(rows, first, use_cache=False)[0]
 
-    def _read(self, start: Held, ids: tuple[int, ...], way: Way) -> Held:
+    def _read(self, start: Held, ids: tuple[int, ...]) -> Held:
         """Return what the model holds after ``ids``, which ``start`` begins."""
         rest = torch.tensor([ids[len(start.ids) :]])
-        output = self._advance(start, rest, rest.shape[1] - 1, way)[1]
+        output = self._advance(start, rest, rest.shape[1] - 1)[1]
         for field in FIELDS:
             if output.get(field) is not None:
                 return Held(ids=ids, passes=(*start.passes, len(ids)), field=field, state=output[field])
         raise LookupError("the model gives nothing to go on from")
 
-    def _advance(self, held: Held, tails: torch.Tensor, first: int, way: Way) -> tuple[torch.Tensor, Any]:
+    def _advance(self, held: Held, tails: torch.Tensor, first: int) -> tuple[torch.Tensor, Any]:
         """Return the logits of tails after ``held``, and the model's last output with what it holds then."""
         if not held.ids:
             return self._run(tails, first, use_cache=True)
         state = widened(held.state, len(tails))
-        if way == "at once":
-            return self._run(tails, first, use_cache=True, **{held.field: state})
-        found, output = [], None
-        for column in torch.split(tails, 1, dim=1):
-            logits, output = self._run(column, 0, use_cache=True, **{held.field: state})
-            state = output[held.field]
-            found.append(logits)
-        return torch.cat(found[first:], dim=1), output
+        return self._run(tails, first, use_cache=True, **{held.field: state})
 
     def _run(self, rows: torch.Tensor, first: int, **options: Any) -> tuple[torch.Tensor, Any]:
         kept = rows.shape[1] - first
         trims = self._trims and kept < _TRIMMED * rows.shape[1]
         if trims:
             options["logits_to_keep"] = kept
-        output = self._model(input_ids=rows.to(self._device), **options)
+        # Stock layers of the Mamba kind begin at no state, and keep no limits in single steps.
+        states = [state for name in FIELDS for state in recurrent_states(options.get(name))]
+        with fast_scan(self._model, initial=states), step_limits(self._model):
+            output = self._model(input_ids=rows.to(self._device), **options)
         logits: torch.Tensor = output.logits
         return (logits if trims else logits[:, first:]), output
 

@@ -6,12 +6,15 @@ PyTorch holds tensors ``[rows, channels, time, states]`` and takes each time ste
 pass writes a whole such tensor for every step. Here time comes first, channels lie innermost, and the backward pass is
 written out; only every fourth state is kept, those between are computed again. Values and gradients are the same up to
 rounding; the gradient can be taken once, not of itself.
+
+Called with a cache and several tokens, those layers go on from what the cache holds of the convolution, but begin their
+scan at zero. Here it can begin where the tokens before ended.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,20 +27,30 @@ from exegete.subjects.replaced import Replaced
 STEPS = 4
 
 
-def fast_scan(model: torch.nn.Module, *, compiled: bool = False) -> AbstractContextManager[None]:
+def fast_scan(
+    model: torch.nn.Module, *, compiled: bool = False, initial: Iterable[Tensor] = ()
+) -> AbstractContextManager[None]:
     """Have Mamba-1 layers scan faster within the block on CPU in float32 or wider; all else is left as it is.
 
-    Only what this thread runs within the block is concerned. ``compiled`` has torch.compile build the scan for each
-    shape: worth it where many batches of one shape follow.
+    Only what this thread runs within the block is concerned.
+
+    Args:
+        model: Of a family that scans so, or of any other.
+        compiled: Have torch.compile build the scan for each shape: worth it where many batches of one shape follow.
+        initial: Where the next scans begin, one after another [rows, channels, states] each, on any device and in any
+            dtype; those after them begin at zero.
     """
-    return _SCAN.taken(model, compiled)
+    return _SCAN.taken(model, (compiled, iter(initial)))
 
 
-def _faster(stock: Any, compiled: bool, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    # Other devices have kernels, and half floats are to round where the model rounds them.
-    if hidden_states.device.type != "cpu" or hidden_states.dtype not in (torch.float32, torch.float64):
+def _faster(
+    stock: Any, setting: tuple[bool, Iterator[Tensor]], hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    compiled, initial = setting[0], next(setting[1], None)
+    wide = hidden_states.device.type == "cpu" and hidden_states.dtype in (torch.float32, torch.float64)
+    if initial is None and not wide:  # other devices have kernels, and half floats are to round where the model rounds
         return stock(hidden_states, *args, **kwargs)
-    return selective_scan(hidden_states, *args, **{**kwargs, "compiled": compiled})
+    return selective_scan(hidden_states, *args, **{**kwargs, "compiled": compiled, "initial": initial})
 
 
 _SCAN = Replaced("mamba_selective_scan", _faster)

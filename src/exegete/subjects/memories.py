@@ -79,13 +79,22 @@ def begin(subject: Subject, rows: int, *, mended: bool = True) -> Memory | None:
     return CacheMemory(subject, mended=mended) if any(name in known for name in CACHES) else None
 
 
-def called(model: Any, tokens: torch.Tensor, *, last: bool = False, **options: Any) -> Mapping[str, Any]:
-    """Call a model on tokens with those of the options that it knows."""
+def called(
+    model: Any, tokens: torch.Tensor, *, last: bool = False, initial: Sequence[torch.Tensor] = (), **options: Any
+) -> Mapping[str, Any]:
+    """Call a model on tokens with those of the options that it knows; its scans begin at the ``initial`` states."""
     known = inspect.signature(model.forward).parameters
     given = {**({"logits_to_keep": 1} if last else {}), **options}
-    with fast_scan(model):
+    with fast_scan(model, initial=initial):
         output: Mapping[str, Any] = model(input_ids=tokens, **{n: v for n, v in given.items() if n in known})
     return output
+
+
+def recurrent_states(cache: Any) -> list[torch.Tensor]:
+    """Return the recurrent states in a cache of transformers, layer after layer; none where it is no such cache."""
+    layers = getattr(cache, "layers", None)
+    held = [vars(layer).get("recurrent_states") or {} for layer in layers] if isinstance(layers, list) else []
+    return [state for states in held for state in states.values() if torch.is_tensor(state)]
 
 
 def kept(raw: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -100,7 +109,8 @@ class CacheMemory(Memory):
     States of a mixer of the Mamba kind are ``conv`` [rows, channels, window] and ``ssm``; of the delta-net kind
     ``conv`` and ``kv`` [rows, heads, d_key, d_value]. Several convolutions of one layer are one component, channels
     after channels. Mended, the model is told the positions of its tokens, for some count from 0 in every call (Bamba),
-    and single steps keep within the limits of whole passes (Zamba 2, Nemotron-H).
+    single steps keep within the limits of whole passes (Zamba 2, Nemotron-H), and scans of several tokens begin at the
+    states behind those before (Mamba, FalconMamba, Jamba).
     """
 
     def __init__(self, subject: Subject, cache: Any = None, *, mended: bool = True, length: int = 0) -> None:
@@ -114,8 +124,9 @@ class CacheMemory(Memory):
         if self._mended:
             options["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None] + self._length
         model = self._subject.model
+        initial = recurrent_states(self._cache) if self._mended else ()
         with step_limits(model) if self._mended else contextlib.nullcontext():
-            output = called(model, tokens, last=last, use_cache=True, **options)
+            output = called(model, tokens, last=last, initial=initial, use_cache=True, **options)
         self._cache = output[self._name]
         self._length += tokens.shape[1]
         logits: torch.Tensor = output["logits"]

@@ -42,11 +42,12 @@ class Verdict:
         family: Model type of transformers.
         readout_error: Final norm and head on the output of the last block, against the model's logits.
         steps_error: A prefill, then single steps, one row at a time.
-        chunk_error: A prefill, then several tokens at once, as they are run here.
+        chunk_error: A prefill, then several tokens at once, as the model has them.
         batch_error: Single steps of several rows, as the model has them.
         mended_error: Single steps of several rows as they are run here, known mistakes of the model's code mended.
+        mended_chunk_error: Several tokens at once as they are run here.
         bound: Errors up to here count as exact: 10⁻⁴ of the largest logit in float32, 0.05 of it in half floats.
-        chunks: Whether several tokens after a prefill are exact.
+        chunks: Whether several tokens after a prefill are exact, as the model has them.
         steps: Whether single steps of one row are.
         batched: Whether single steps of several rows are, as the model has them.
         route: How tokens are fed after others.
@@ -60,6 +61,7 @@ class Verdict:
     chunk_error: float
     batch_error: float
     mended_error: float
+    mended_chunk_error: float
     bound: float
     chunks: bool
     steps: bool
@@ -92,9 +94,13 @@ def _tried(subject: Subject) -> Verdict:
     steps = _error(lambda: [torch.cat([_stepped(subject, row[None]) for row in tokens])], whole)
     batch = _error(lambda: _batched(subject, tokens, mended=False), whole)
     mended = _error(lambda: _batched(subject, tokens, mended=True), whole)
-    chunk = _error(lambda: [_chunked(subject, tokens)], whole)
-    # In half floats a forgotten state may differ by less than the bound, though by more than steps do.
-    chunks = chunk <= bound and (exact or chunk <= 4 * mended)
+    chunk = _error(lambda: _chunked(subject, tokens, mended=False), whole)
+    mended_chunk = _error(lambda: _chunked(subject, tokens, mended=True), whole)
+
+    def carries(error: float) -> bool:
+        """In half floats a forgotten state may differ by less than the bound, though by more than steps do."""
+        return error <= bound and (exact or error <= 4 * mended)
+
     together = mended <= bound
     components, blocks = _carried(subject, tokens)
     return Verdict(
@@ -104,11 +110,12 @@ def _tried(subject: Subject) -> Verdict:
         chunk_error=chunk,
         batch_error=batch,
         mended_error=mended,
+        mended_chunk_error=mended_chunk,
         bound=bound,
-        chunks=chunks,
+        chunks=carries(chunk),
         steps=steps <= bound,
         batched=batch <= bound,
-        route="whole" if not together else "chunks" if chunks else "steps",
+        route="whole" if not together else "chunks" if carries(mended_chunk) else "steps",
         components=components if together else (),
         layers=blocks if together else (),
     )
@@ -144,10 +151,15 @@ def _stepped(subject: Subject, row: torch.Tensor) -> torch.Tensor:
     return _one_by_one(memory, row[:, _PREFILL:])
 
 
-def _chunked(subject: Subject, tokens: torch.Tensor) -> torch.Tensor:
-    memory = _begun(subject, len(tokens))
-    memory.feed(tokens[:, :_PREFILL])
-    return memory.feed(tokens[:, _PREFILL:])
+def _chunked(subject: Subject, tokens: torch.Tensor, *, mended: bool) -> list[torch.Tensor]:
+    """Return the last logits of every row in one go, and in two."""
+    found = []
+    for between in (_LENGTH, _PREFILL + 2):
+        memory = _begun(subject, len(tokens), mended=mended)
+        memory.feed(tokens[:, :_PREFILL])
+        parts = [tokens[:, _PREFILL:between], tokens[:, between:]]
+        found.append(torch.cat([memory.feed(part) for part in parts if part.shape[1]], dim=1))
+    return found
 
 
 def _batched(subject: Subject, tokens: torch.Tensor, *, mended: bool) -> list[torch.Tensor]:
