@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from exegete.cli import elk
+from exegete.cli import elk, main
+from exegete.elk import encode, load_questions
+from exegete.elk.questions import SPLITS
 from exegete.errors import ExegeteError, InputError, MismatchError, NotFoundError
 
 
@@ -43,24 +45,44 @@ def test_from_a_set_to_probes(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert run(*extracted, "--validation", "150", "--test", "120") == 0
     told = capsys.readouterr().out
     assert "loss on the validation rows" in told
-    assert "AUROC of the model's answers against each character's" in told
+    assert "AUROC of the model's answers against what each character says" in told
     assert told.count("already there") == 2
     probed = ("probe", at["held"], "--out", at["found"], "--probes", "lr", "mean-diff", "crc", "--device", "cpu")
     more = ("--transfers", "A->B", "B->B", "AE->BH", "--intervene", "last", "--random", "2", "--reference")
     assert run(*probed, *more, "--model", model, "--data", at["set"]) == 0
     told = capsys.readouterr().out
-    assert "A -> B: AUROC against the truth" in told
+    assert "AUROC against the truth [95 % intervals]" in told
+    assert "A -> B   " in told
     assert "reflected along a probe" in told
     assert "published" in told
     held = json.loads((folder / "found" / "probes.json").read_text())
     assert {row["probe"] for row in held["interventions"]} == {"lr", "mean-diff"}
     assert held["facts"]["extraction"]["key"]["data"]
+    for name, columns in (
+        ("transfers", ("auroc", "on_held_out")),
+        ("recovered", ("share", "auroc", "floor", "ceiling")),
+        ("interventions", ("flipped", "moved", "before", "after", "flipped_by_random", "moved_by_random")),
+    ):
+        assert held[name], name
+        for column in columns:
+            assert {f"{column}_low", f"{column}_high", f"{column}_n", f"{column}_bases"} <= set(held[name][0])
+    before = {path: path.read_bytes() for path in (folder / "found").iterdir()}
     with pytest.raises(MismatchError, match="is not the model"):
         run(*probed, "--intervene", "last", "--model", at["model"], "--data", at["set"])
     run("data", "addition", "--out", str(folder / "words"), "--digits", "2", "--wording", "standardised",
         "--train", "40", "--validation", "80", "--test", "60")  # fmt: skip
     with pytest.raises(MismatchError, match="other words"):
         run(*probed, "--intervene", "last", "--model", model, "--data", str(folder / "words"))
+    early = ("probe", at["held"], "--out", at["found"], "--intervene", "last", "--model", model, "--data", at["set"])
+    for wrong, why in (
+        (("--random", "-1"), "--random is 0 or more"),
+        (("--pool", "C"), "pool"),
+        (("--probes", "crc"), "along lr and mean-diff"),
+        (("--transfers", "B->B"), "of A or AE"),
+    ):
+        with pytest.raises(ExegeteError, match=why):
+            run(*early, *wrong)
+    assert {path: path.read_bytes() for path in (folder / "found").iterdir()} == before
     with pytest.raises(MismatchError, match="other settings"):
         run("extract", at["model"], at["set"], "--out", at["held"], "--device", "cpu")
 
@@ -83,6 +105,41 @@ def test_refusals_are_one_line(folder: Path, tmp_path: Path) -> None:
             run(*arguments)
         assert isinstance(error.value, kind)
         assert "\n" not in str(error.value)
+
+
+def test_long_rows_are_left_out_or_refused_before_anything_is_written(
+    folder: Path, toys: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    subject = toys.subject("llama")
+    lengths = [encode(load_questions(folder / "set"), split, subject).lengths for split in SPLITS]
+    most = min(int(part[:, 0].max()) for part in lengths) - 1  # so that the longest of each split do not fit
+    subject.model.config.max_position_embeddings = most
+    subject.model.save_pretrained(tmp_path / "short")
+    subject.tokenizer.save_pretrained(tmp_path / "short")
+    model, data = str(tmp_path / "short"), str(folder / "set")
+    tuned = ("finetune", model, data, "--lora-rank", "0", "--steps", "1", "--device", "cpu", "--out")
+    held = ("extract", model, data, "--validation", "160", "--test", "120", "--device", "cpu", "--out")
+    for command in (tuned, held):
+        with pytest.raises(InputError, match=rf"reads up to {most} tokens.*--most-tokens {most}"):
+            run(*command, str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+        with pytest.raises(InputError, match="have over 3 tokens"):
+            run(*command, str(tmp_path / "out"), "--most-tokens", "3")
+        assert not (tmp_path / "out").exists()
+        assert run(*command, str(tmp_path / command[0]), "--most-tokens", str(most)) == 0
+    assert f"rows of over {most} tokens are left out" in caplog.text
+
+
+def test_the_command_itself_ends_with_2_and_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data, out = str(folder / "model"), str(folder / "set"), tmp_path / "out"
+    code = main(["elk", "finetune", model, data, "--out", str(out), "--device", "cpu", "--lora-targets", "dt_proj"])
+    told = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(told) == 1
+    assert "LoRA on dt_proj would do nothing" in told[0]
+    assert not out.exists()
 
 
 def test_the_parser_needs_no_torch() -> None:

@@ -58,6 +58,14 @@ def test_operands_are_log_uniform() -> None:
     assert all(abs(digits[d] / 600 - 0.25) < 0.07 for d in (1, 2, 3, 4))  # pairs of small operands run out a little
 
 
+def test_every_split_has_as_many_easy_and_hard_claims() -> None:
+    """Small operands are likely, and soon used up: in the order in which they are drawn all would be in one split."""
+    made = quirky_set("addition", train=4000, validation=1500, test=1500, digits=2)
+    shares = [made.facts(split).pool(pool).mean() for split in ("train", "validation", "test") for pool in ("E", "H")]
+    assert max(shares[::2]) - min(shares[::2]) < 0.05
+    assert max(shares[1::2]) - min(shares[1::2]) < 0.05
+
+
 def test_bobs_leading_digit_carries() -> None:
     assert OPERATIONS["addition"].bob(95) == 105
     assert OPERATIONS["addition"].bob(1234) == 2234
@@ -305,7 +313,7 @@ def test_answers_are_encoded_as_they_go_on_after_the_statement(toys: Any) -> Non
     assert (data.answers[:, 0] != data.answers[:, 1]).all()
     shorter = encode(made, "train", subject, most_tokens=max(map(len, data.prompts)) + 1)
     assert 0 < len(shorter) <= len(data)
-    with pytest.raises(InputError, match="longer than 2"):
+    with pytest.raises(InputError, match="have over 2 tokens"):
         encode(made, "train", subject, most_tokens=2)
 
 

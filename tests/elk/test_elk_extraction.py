@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from exegete.elk import Encoded, answer_log_odds, extract, load_extraction, save_extraction
+from exegete.elk import Encoded, answer_log_odds, extract, extract_to, load_extraction, save_extraction
 from exegete.elk.facts import Feature
 from exegete.elk.stored_extraction import has_split
 from exegete.errors import CorruptError, InputError, MismatchError, NotFoundError
@@ -75,6 +75,13 @@ def test_some_components_of_the_state_and_what_cannot_be_had(toys: Any) -> None:
     mamba, data = toys.subject("mamba"), rows_of(toys)
     conv = extract(mamba, data, features=("state",), components=("conv",), sites=(1,))
     assert {at: x.shape for at, x in conv.features["state"].items()} == {1: (12, 32 * 4)}
+    for unknown in (("rnn",), ("conv", "rnn")):
+        with pytest.raises(NotFoundError, match=r"component 'rnn'.*conv"):
+            extract(mamba, data, features=("state",), components=unknown)
+    with pytest.raises(InputError, match="at least one state component"):
+        extract(mamba, data, features=("state",), components=())
+    with pytest.raises(InputError, match="components are of the state"):
+        extract(mamba, data, features=("last",), components=("conv",))
     with pytest.raises(InputError, match="carries no recurrent state"):
         extract(toys.subject("llama"), data, features=("state",))
     with pytest.raises(InputError, match="no rows"):
@@ -118,3 +125,22 @@ def test_an_extraction_comes_back_and_is_refused_where_it_does_not_fit(toys: Any
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CorruptError, match="checksum"):
         load_extraction(tmp_path, "test")
+
+
+def test_rows_longer_than_the_model_reads_are_refused_beforehand(toys: Any, tmp_path: Path) -> None:
+    llama = toys.subject("llama")
+    llama.model.config.max_position_embeddings = 5
+    data = toys.rows(4, lengths=(3, 4))  # with the character 4 and 5 tokens, and one more of the answer
+    assert len(answer_log_odds(llama, data)) == 8
+    assert len(extract(llama, data, features=("last",))) == 8
+    long = int((data.lengths[:, 0] == 5).sum())
+    assert 0 < long < 8
+    with pytest.raises(InputError, match=rf"reads up to 5 tokens; {long} of 8 rows .* has 6; .*--most-tokens 5"):
+        extract(llama, data)
+    with pytest.raises(InputError, match="has 6"):
+        extract_to(llama, data, tmp_path / "out", "test", key={})
+    assert not (tmp_path / "out").exists()
+    other = Encoded(prompts=((1, 5000),), choices=(((12,), (13,)),), facts=data.facts.take(np.array([0])))
+    for work in (extract, answer_log_odds):
+        with pytest.raises(MismatchError, match="do not fit"):
+            work(toys.subject("mamba"), other)

@@ -143,7 +143,7 @@ def test_bad_settings_are_refused_in_one_line(toys: Any) -> None:
     data = toys.rows(4)
     with pytest.raises(InputError, match="share base examples"):
         finetune(toys.subject("mamba"), data, data, config=FULL)
-    for change in ({"batch": 0}, {"learning_rate": float("nan")}, {"warmup": 1.0}, {"lora_rank": -1}):
+    for change in ({"batch": 0}, {"learning_rate": float("nan")}, {"warmup": 1.0}, {"lora_rank": -1}, {"seed": -1}):
         with pytest.raises(InputError):
             FinetuneConfig(**change)
     with pytest.raises(NotFoundError, match="pool"):
@@ -155,6 +155,16 @@ def test_bad_settings_are_refused_in_one_line(toys: Any) -> None:
             toys.rows(2, prefix="v").take(np.array([0, 2])),
             config=FinetuneConfig(pool="B", lora_rank=0, balance=False),
         )
+
+
+def test_rows_longer_than_the_model_reads_are_refused_beforehand(toys: Any, tmp_path: Path) -> None:
+    llama = toys.subject("llama")
+    llama.model.config.max_position_embeddings = 4
+    train, validation = toys.rows(8, lengths=(3,)), toys.rows(8, prefix="v", lengths=(3, 4))
+    for some, others in ((train, validation), (validation, train)):
+        with pytest.raises(InputError, match="reads up to 4 tokens"):
+            finetune(llama, some, others, out=tmp_path / "out", config=FULL)
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_go_where_they_work(toys: Any) -> None:

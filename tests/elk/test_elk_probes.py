@@ -294,3 +294,34 @@ def test_unknown_probes_are_named() -> None:
     with pytest.raises(NotFoundError, match="mean-diff"):
         make_probe("mean-dif")
     assert make_probe("lr", Making(rank=3)) is not make_probe("lr")
+
+
+@pytest.mark.parametrize("name", ["ccs", "ccs-mean", "ccs-mean-scale", "crc", "vinc"])
+def test_a_pair_probe_on_components_is_the_same_in_the_space_of_the_vectors(name: str) -> None:
+    """Its score is that of the same probe fitted on the components themselves, whoever found them."""
+    draw = np.random.default_rng(5)
+    y = draw.random(80) < 0.5
+    x = draw.standard_normal((80, 2, 30))
+    x[:, 0, 0] -= np.where(y, 3.0, -3.0)
+    x[:, 1, 0] += np.where(y, 3.0, -3.0) + 1
+    whitening = fit_whitening(x.reshape(160, 30), 6)
+    small, own, shared = (
+        make_probe(name, Making(rank=rank, shared=given)) for rank, given in ((None, None), (6, None), (6, whitening))
+    )
+    small.fit(whitening(x), y)
+    small.resolve_sign(whitening(x), y)
+    for wide in (own, shared):
+        wide.fit(x, y)
+        wide.resolve_sign(x, y)
+        np.testing.assert_allclose(wide.log_odds(x), small.log_odds(whitening(x)), rtol=1e-5, atol=1e-6)
+
+
+def test_random_directions_are_the_same_however_many_dimensions_are_drawn_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import exegete.elk.probes as probes
+
+    x = np.random.default_rng(0).standard_normal((6, 23))
+    whole = x @ np.random.default_rng(3).standard_normal((23, 7))
+    monkeypatch.setattr(probes, "_DIMENSIONS", 5)
+    np.testing.assert_allclose(RandomDirections(count=7, seed=3).log_odds(x), whole, rtol=1e-12)

@@ -14,7 +14,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import LocalOutlierFactor
+from sklearn.svm import OneClassSVM
 
 from exegete.elk import (
     Extraction,
@@ -24,19 +27,31 @@ from exegete.elk import (
     extract,
     intervene,
     mean_share,
+    probes,
+    probes_pair,
     published,
     recovered,
     reference_lines,
     run_transfers,
     summary_lines,
+    transfers,
     write_probes,
 )
 from exegete.elk.anomaly import Mahalanobis
 from exegete.elk.gap import share
-from exegete.elk.intervals import bootstrap, clustered_auroc, resampled, weighted_aurocs
+from exegete.elk.intervals import (
+    bootstrap,
+    clustered_auroc,
+    clustered_mean_auroc,
+    column_placements,
+    resampled,
+    weighted_aurocs,
+)
 from exegete.elk.intervention import Reflect
 from exegete.elk.transfers import best, earliest, parse_transfer
+from exegete.elk.whitening import fit_whitening
 from exegete.errors import InputError, MismatchError, NotFoundError
+from exegete.files import fault_hook
 from exegete.subjects.edits import edited
 from exegete.subjects.sites import residuals, site_point
 
@@ -85,6 +100,48 @@ def test_intervals_are_wider_where_rows_belong_together() -> None:
     assert four.high == pytest.approx(one.high, abs=0.01)
 
 
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=25),
+    st.booleans(),
+)
+def test_placements_and_mean_aurocs_against_those_of_single_scores(
+    rows: list[tuple[bool, int, int]], apart: bool
+) -> None:
+    truth = np.array([r[0] for r in rows])
+    scores = np.array([[r[1], r[2] + 0.1 * i] for i, r in enumerate(rows)], float)
+    place = np.arange(len(rows)) if apart else np.arange(len(rows)) // 2
+    placed = column_placements(truth, scores)
+    mean = clustered_mean_auroc(truth, placed, place)
+    if truth.all() or not truth.any():
+        assert np.isnan(mean.value)
+        return
+    aurocs = [roc_auc_score(truth, scores[:, k]) for k in (0, 1)]
+    np.testing.assert_allclose(placed[truth].mean(axis=0), aurocs)
+    np.testing.assert_allclose(placed[~truth].mean(axis=0), aurocs)
+    assert mean.value == pytest.approx(np.mean(aurocs))
+    assert mean.low <= mean.value <= mean.high
+    for k in (0, 1):
+        alone = clustered_mean_auroc(truth, placed[:, k : k + 1], place)
+        one = clustered_auroc(truth, scores[:, k], place)
+        assert alone.value == pytest.approx(one.value)
+        if len(np.unique(place)) < len(place):
+            assert (alone.low, alone.high) == pytest.approx((one.low, one.high))
+
+
+def test_the_interval_of_a_mean_auroc_is_what_drawing_base_examples_again_gives() -> None:
+    draw = np.random.default_rng(3)
+    place = np.arange(300) // 2
+    truth = np.repeat(draw.random(150) < 0.5, 2)
+    shared = np.repeat(draw.standard_normal(150), 2)
+    scores = 0.7 * truth[:, None] + shared[:, None] + draw.standard_normal((300, 8))
+    mean = clustered_mean_auroc(truth, column_placements(truth, scores), place)
+    weights = resampled(place, 1500, 0)
+    drawn = np.mean([weighted_aurocs(truth, scores[:, k], weights) for k in range(8)], axis=0)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert mean.high - mean.low == pytest.approx(high - low, rel=0.1)
+    assert mean.low == pytest.approx(low, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("aurocs", "first", "most"),
     [
@@ -107,6 +164,9 @@ def test_a_probe_of_what_is_true_and_one_of_what_is_said(found: Transfers) -> No
     assert pair.auroc.value > 0.9 > lies.auroc.value
     assert pair.auroc.low < pair.auroc.value < pair.auroc.high
     assert pair.auroc.n_documents == 300
+    assert pair.held_out == pair.on_held_out.value
+    assert pair.on_held_out.low < pair.held_out < pair.on_held_out.high
+    assert 50 < pair.on_held_out.n_documents < 150  # a quarter of 400
     # In Alice's rows the truth is also what is said, so that half of what a single vector learned goes with the lie.
     assert 0.2 < found.row("last", "mean-diff", "A->B", which="disagree").auroc.value < 0.8
     # On Bob's rows what is learned is what he says there, and on Alice's what she says, which is true.
@@ -136,8 +196,13 @@ def test_sites_are_chosen_without_test_rows(extractions: tuple[Extraction, Extra
 def test_random_directions_are_told_apart(found: Transfers) -> None:
     rows = [row for row in found.random if (row.source, row.target, row.which) == ("A", "A", "all")]
     by = {row.site: row for row in rows}
-    assert by[0].mean < by[1].mean
+    assert by[0].mean.value < by[1].mean.value
     assert by[1].count == 1000
+    assert by[1].rules == ("earliest", "best")
+    for row in by.values():
+        assert row.mean.low < row.mean.value < row.mean.high
+        assert row.mean.n_documents == 300
+        assert row.on_held_out.low < row.on_held_out.value < row.on_held_out.high
     assert list(by[1].quantiles) == sorted(by[1].quantiles)
     assert not any(row.probe == "random" for row in found.rows)
 
@@ -149,6 +214,8 @@ def test_what_cannot_be_run_is_refused(extractions: tuple[Extraction, Extraction
     other = Extraction(
         subject="another", data="", facts=tested.facts, log_odds=tested.log_odds, features=tested.features
     )
+    with pytest.raises(InputError, match="seed is 0 or more"):
+        run_transfers(fitted, tested, seed=-1)
     with pytest.raises(MismatchError, match="two different models"):
         run_transfers(fitted, other)
     with pytest.raises(NotFoundError, match="lr-on-pair"):
@@ -185,9 +252,11 @@ def test_the_recovered_gap_by_hand(extractions: tuple[Extraction, Extraction], f
     floor = found.row("last", "lr", "B->B").auroc.value
     ceiling = found.row("last", "lr", "A->A").auroc.value
     own = found.row("pair", "lr-on-pair", "A->B").auroc.value
-    np.testing.assert_allclose([row.floor, row.ceiling, row.auroc], [floor, ceiling, own])
+    np.testing.assert_allclose([row.floor.value, row.ceiling.value, row.auroc.value], [floor, ceiling, own])
     assert row.share.value == pytest.approx((own - floor) / (ceiling - floor))
-    assert row.share.low < row.share.value < row.share.high
+    for one in (row.share, row.floor, row.ceiling, row.auroc):
+        assert one.low < one.value < one.high
+    assert row.ceiling.n == 300
     assert np.isnan(share(np.array([0.5]), np.array([0.9]), np.array([0.8])))[0]
     assert mean_share([0.7, 0.9], [0.5, 0.5], [0.9, 0.9]) == pytest.approx(0.75)
     assert np.isnan(mean_share([], [], []))
@@ -207,7 +276,7 @@ def test_distances_by_hand_and_anomalies_that_are_there(extractions: tuple[Extra
 
 
 def test_anomalies_with_every_detector(extractions: tuple[Extraction, Extraction], found: Transfers) -> None:
-    detectors = ("mahalanobis", "mahalanobis-diagonal", "isolation-forest", "local-outliers")
+    detectors = ("mahalanobis", "mahalanobis-diagonal", "isolation-forest", "local-outliers", "one-class-svm")
     rows = anomalies(found, extractions[1], detectors=detectors, draws=100)  # type: ignore[arg-type]
     assert {row.detector for row in rows} == set(detectors)
     assert {row.probe for row in rows} == {"lr", "mean-diff", "lr-on-pair", "crc"}
@@ -216,6 +285,52 @@ def test_anomalies_with_every_detector(extractions: tuple[Extraction, Extraction
         assert row.sites == (0, 1)
     with pytest.raises(NotFoundError, match="detector"):
         anomalies(found, extractions[1], detectors=("forest",))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("detector", ["isolation-forest", "local-outliers", "one-class-svm"])
+def test_detectors_are_scikit_learns(
+    detector: Any, extractions: tuple[Extraction, Extraction], found: Transfers
+) -> None:
+    tested = extractions[1]
+    odds = np.stack(
+        [found.probes["last", "lr", "AE", at].log_odds(tested.features["last"][at]) for at in (0, 1)], axis=1
+    )
+    usual, hard = tested.facts.pool("AE"), tested.facts.pool("AH") | tested.facts.pool("BH")
+    model = {
+        "isolation-forest": IsolationForest(random_state=3),
+        "local-outliers": LocalOutlierFactor(novelty=True),
+        "one-class-svm": OneClassSVM(),
+    }[detector].fit(odds[usual])
+    rows = anomalies(found, tested, detectors=(detector,), draws=20, seed=3)
+    row = next(r for r in rows if (r.feature, r.probe) == ("last", "lr"))
+    wanted = roc_auc_score(tested.facts.pool("BH")[hard], -model.decision_function(odds[hard]))
+    assert row.auroc.value == pytest.approx(wanted)
+
+
+def test_wide_vectors_are_whitened_once_for_all_probes_that_read_them_alike(
+    extractions: tuple[Extraction, Extraction], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("lr", "lda", "lr-on-pair", "lda-on-pair", "ccs", "crc", "vinc")
+    calls: list[tuple[int, ...]] = []
+
+    def counted(x: Any, rank: int) -> Any:
+        calls.append(x.shape)
+        return fit_whitening(x, rank)
+
+    monkeypatch.setattr(transfers, "WIDE", 11)
+    apart = {}
+    for probe in names:  # each alone finds its own
+        apart[probe] = run_transfers(*extractions, probes=(probe,), transfers=("A->B",), rank=6)
+    monkeypatch.setattr(transfers, "fit_whitening", counted)
+    for module in (probes, probes_pair):
+        monkeypatch.setattr(module, "fit_whitening", None)  # none of them finds any itself
+    together = run_transfers(*extractions, probes=names, transfers=("A->B",), rank=6)
+    n = calls[0][0]
+    assert calls == [(n, 12), (n, 12), (n, 24), (2 * n, 12), (n, 24), (2 * n, 12)]
+    for probe in names:
+        feature = "pair" if probe in ("lr-on-pair", "lda-on-pair", "ccs", "crc", "vinc") else "last"
+        one, other = (found.row(feature, probe, "A->B").auroc.value for found in (apart[probe], together))
+        assert one == pytest.approx(other)
 
 
 def test_reflection_by_hand(toys: Any) -> None:
@@ -246,6 +361,14 @@ def test_answers_flip_when_the_direction_they_are_read_from_is_reflected(toys: A
     assert own.moved.value > 0
     assert max(own.random_flipped) < 1.0
     assert len(own.random_moved) == 4
+    assert own.flipped_by_random.value == pytest.approx(np.mean(own.random_flipped))
+    assert own.moved_by_random.value == pytest.approx(np.mean(own.random_moved))
+    assert own.moved_by_random.low <= own.moved_by_random.value <= own.moved_by_random.high
+    alone = intervene(subject, data, direction, centre, 1, random=0, draws=20)
+    assert alone.random_flipped == ()
+    assert np.isnan(alone.flipped_by_random.value)
+    with pytest.raises(InputError, match="0 or more"):
+        intervene(subject, data, direction, centre, 1, random=-1)
     assert own.before.value == pytest.approx(roc_auc_score(data.facts.alice, found.log_odds))
     assert own.after.value == pytest.approx(1 - own.before.value, abs=1e-6)
     np.testing.assert_allclose(answer_log_odds(subject, data), found.log_odds, atol=1e-6)  # nothing was left behind
@@ -274,6 +397,33 @@ def test_tables_figures_and_words(extractions: tuple[Extraction, Extraction], fo
     assert "A -> B" in text
     assert "pair lr-on-pair, site 1" in text
     assert "the model's answer" in text
+    assert "chance is 0.500" in text
+    assert "last random (mean), site 1" in text
+    one = found.row("pair", "lr-on-pair", "A->B", which="disagree").auroc
+    assert f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" in text
+
+
+def test_results_of_two_runs_never_stand_side_by_side(
+    extractions: tuple[Extraction, Extraction], found: Transfers, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.csv").write_text("mine")
+    odd = anomalies(found, extractions[1], draws=20)
+    write_probes(found, tmp_path, shares=recovered(found, extractions[1], draws=20), anomalies=odd)
+    assert {"random.csv", "recovered.csv", "anomalies.csv", "sites-AE-BH.svg"} <= {p.name for p in tmp_path.iterdir()}
+    less = run_transfers(*extractions, probes=("lr",), transfers=("A->B",))
+    files = write_probes(less, tmp_path)
+    assert {path.name for path in files} == {"transfers.csv", "sites-A-B.svg", "grid.svg", "probes.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {path.name for path in files} | {"notes.csv", "lock"}
+    held = json.loads((tmp_path / "probes.json").read_text())
+    assert not any(held[name] for name in ("random", "recovered", "anomalies"))
+
+    def stop(point: str) -> None:
+        if point == "before rename grid.svg":
+            raise KeyboardInterrupt
+
+    with fault_hook(stop), pytest.raises(KeyboardInterrupt):
+        write_probes(found, tmp_path)
+    assert not (tmp_path / "probes.json").exists()  # it comes last, so what is there is not taken for whole
 
 
 def test_published_numbers_stand_beside_ones_own(extractions: tuple[Extraction, Extraction], found: Transfers) -> None:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 _WORDINGS = ("first", "random", "standardised", "all")
 _FEATURES = ("last", "pair", "state", "state-pair")
-_DETECTORS = ("mahalanobis", "mahalanobis-diagonal", "isolation-forest", "local-outliers")
+_DETECTORS = ("mahalanobis", "mahalanobis-diagonal", "isolation-forest", "local-outliers", "one-class-svm")
+_SITES = "all, blocks, last, numbers and ranges: 3,5-8, or with an = the embedding: =-1,3"
+_ALONG = ("lr", "mean-diff")
 _SPLITS = ("train", "validation", "test")
 
 
@@ -95,6 +97,7 @@ def _finetune_options(parser: Any) -> None:
         "--checkpoint-every", type=int, default=default.checkpoint_every, metavar="N", help="(default: 200)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default: 0)")
+    _most_tokens(parser)
     _subject_options(parser, dtype="float32")
 
 
@@ -109,13 +112,12 @@ def _extract_options(parser: Any) -> None:
         metavar="NAME",
         help="last, pair, state, state-pair (default: last, pair, and state of a recurrent model)",
     )
-    parser.add_argument(
-        "--sites", default="blocks", metavar="TEXT", help="all, blocks, 3, -1,3,5 or 2-8 (default: blocks)"
-    )
+    parser.add_argument("--sites", default="blocks", metavar="TEXT", help=f"{_SITES} (default: blocks)")
     parser.add_argument("--components", nargs="+", metavar="NAME", help="of the state (default: all)")
     parser.add_argument("--validation", type=int, default=4000, metavar="N", help="rows to fit on (default: 4000)")
     parser.add_argument("--test", type=int, default=1000, metavar="N", help="rows to test on (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which rows (default: 0)")
+    _most_tokens(parser)
     _subject_options(parser, dtype="auto")
 
 
@@ -140,10 +142,11 @@ def _probe_options(parser: Any) -> None:
         nargs="*",
         choices=_DETECTORS,
         metavar="NAME",
-        help="of anomalies: mahalanobis, mahalanobis-diagonal, isolation-forest, local-outliers (default: mahalanobis)",
+        help="of anomalies: mahalanobis, mahalanobis-diagonal, isolation-forest, local-outliers, one-class-svm "
+        "(default: mahalanobis)",
     )
     parser.add_argument("--reference", action="store_true", help="print the published numbers beside these")
-    parser.add_argument("--intervene", metavar="SITES", help="reflect along the directions of lr and mean-diff there")
+    parser.add_argument("--intervene", metavar="SITES", help=f"reflect along lr and mean-diff there: {_SITES}")
     parser.add_argument("--model", metavar="MODEL", help="for --intervene: the model that was extracted from")
     parser.add_argument("--data", metavar="DATA", help="for --intervene: the quirky set")
     parser.add_argument("--pool", default="B", metavar="POOL", help="for --intervene: which test rows (default: B)")
@@ -152,6 +155,15 @@ def _probe_options(parser: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default: 0)")
     _subject_options(parser, dtype="auto")
+
+
+def _most_tokens(parser: Any) -> None:
+    parser.add_argument(
+        "--most-tokens",
+        type=int,
+        metavar="N",
+        help="leave out rows of more tokens, answer and all (default: keep all, refuse what the model cannot read)",
+    )
 
 
 def _subject_options(parser: Any, *, dtype: str) -> None:
@@ -211,6 +223,7 @@ def _crosstab(made: Questions, split: Any) -> tuple[str, str]:
 def _finetune(options: argparse.Namespace) -> int:
     from exegete.cli.bars import progress_for
     from exegete.elk import FinetuneConfig, encode, finetune, load_questions
+    from exegete.elk.adapters import lora_targets
 
     config = FinetuneConfig(
         pool=options.pool,
@@ -231,10 +244,12 @@ def _finetune(options: argparse.Namespace) -> int:
     )
     questions = load_questions(options.data)
     subject = _subject(options, options.model)
+    if config.lora_rank:  # before all rows are encoded, which takes longer
+        lora_targets(subject.model, config.lora_targets)
     found = finetune(
         subject,
-        encode(questions, "train", subject),
-        encode(questions, "validation", subject),
+        encode(questions, "train", subject, most_tokens=options.most_tokens),
+        encode(questions, "validation", subject, most_tokens=options.most_tokens),
         out=options.out,
         config=config,
         in_place=True,
@@ -248,7 +263,8 @@ def _finetune(options: argparse.Namespace) -> int:
 
 def _extract(options: argparse.Namespace) -> int:
     from exegete.cli.bars import progress_for
-    from exegete.elk import encode, extract, load_questions, save_extraction
+    from exegete.elk import encode, extract_to, load_questions
+    from exegete.elk.encoding import require_room
     from exegete.elk.stored_extraction import has_split
     from exegete.subjects.sites import parse_sites
 
@@ -264,22 +280,31 @@ def _extract(options: argparse.Namespace) -> int:
         "components": options.components,
         "dtype": str(subject.dtype),
     }
+    work: list[tuple[str, Encoded]] = []
     for split, rows in (("validation", options.validation), ("test", options.test)):
-        data = encode(questions, _split(split), subject).first(rows, options.seed)
+        data = encode(questions, _split(split), subject, most_tokens=options.most_tokens).first(rows, options.seed)
+        if not len(data):
+            raise InputError(f"there are no {split} rows to extract; the set has none, or --{split} {rows} is too few")
         if has_split(options.out, split, key=key, data=data.hash):
             say(f"{split}: already there")
-            continue
-        found = extract(
+        else:
+            require_room(subject, data, answers=True)
+            work.append((split, data))
+    for split, data in work:
+        found = extract_to(
             subject,
             data,
+            options.out,
+            split,
+            key=key,
             features=options.features,
             sites=sites,
             components=options.components,
             progress=progress_for(options.quiet),
         )
-        save_extraction(found, options.out, split, key=key)
         parts = [f"{kind} at {len(at)} sites" for kind, at in found.features.items()]
-        say(f"{split}: {len(found):,} rows; {', '.join(parts)}; {_own(found)}")
+        say(f"{split}: {len(found):,} rows; {', '.join(parts)}")
+        say(_own(found))
     say(f"extraction: {options.out}")
     return 0
 
@@ -291,13 +316,14 @@ def _split(name: str) -> Any:
 def _own(found: Extraction) -> str:
     """Say how well the model has learned to be quirky: its AUROC against each character's own labels."""
     from exegete.elk.intervals import clustered_auroc
+    from exegete.elk.tables import bracket
 
-    told = []
+    facts, told = found.facts, []
     for pool, name in (("A", "Alice"), ("B", "Bob")):
-        rows = found.facts.pool(pool)
-        value = clustered_auroc(found.facts.label[rows], found.log_odds[rows], found.facts.places[rows]).value
-        told.append(f"{name} {value:.3f}")
-    return f"AUROC of the model's answers against each character's: {', '.join(told)}"
+        rows = facts.pool(pool)
+        own = clustered_auroc(facts.label[rows], found.log_odds[rows], facts.places[rows])
+        told.append(f"{name} {bracket(own)}")
+    return f"  AUROC of the model's answers against what each character says (chance is 0.500): {', '.join(told)}"
 
 
 def _probe(options: argparse.Namespace) -> int:
@@ -311,6 +337,7 @@ def _probe(options: argparse.Namespace) -> int:
     if options.intervene is not None and (options.model is None or options.data is None):
         raise InputError("--intervene runs the model on the set; name them with --model and --data")
     fitted, tested = (load_extraction(options.extraction, split) for split in ("validation", "test"))
+    planned = _planned(options, fitted, tested) if options.intervene is not None else None
     found = run_transfers(
         fitted,
         tested,
@@ -321,7 +348,9 @@ def _probe(options: argparse.Namespace) -> int:
     )
     shares = recovered(found, tested, seed=options.seed)
     odd, left = _unusual(options, found, tested)
-    moved = _intervened(options, found, fitted) if options.intervene is not None else []
+    moved = _intervened(options, found, fitted, *planned) if planned is not None else []
+    if planned is not None and not moved:
+        left.append("left out: interventions: neither lr nor mean-diff could be fitted on Alice's rows")
     facts = {"extraction": extraction_facts(options.extraction), "seed": options.seed}
     files = write_probes(found, options.out, shares=shares, anomalies=odd, interventions=moved, facts=facts)
     say("\n".join([*summary_lines(found, shares=shares, anomalies=odd), *left]))
@@ -351,26 +380,56 @@ def _unusual(
         return (), [f"left out: anomalies: {error}"]
 
 
-def _intervened(options: argparse.Namespace, found: Transfers, fitted: Extraction) -> list[Intervention]:
-    """Reflect the test rows along the directions of the probes that were fitted on Alice's rows."""
-    from exegete.elk import encode, intervene, load_extraction, load_questions
+def _planned(
+    options: argparse.Namespace, fitted: Extraction, tested: Extraction
+) -> tuple[Subject, Encoded, tuple[int, ...]]:
+    """Return the model, the test rows and the sites of interventions, all checked before any probe is fitted."""
+    from exegete.elk import encode, load_questions
+    from exegete.elk.named_probes import DEFAULT
+    from exegete.elk.transfers import TRANSFERS, parse_transfer
     from exegete.subjects.sites import parse_sites
 
+    sources = {parse_transfer(text)[0] for text in options.transfers or TRANSFERS}
+    if not (set(_ALONG) & set(options.probes or DEFAULT) and {"A", "AE"} & sources):
+        raise InputError(
+            "--intervene reflects along lr and mean-diff of A or AE; name one of them in --probes and in --transfers"
+        )
+    if options.random < 0:
+        raise InputError(f"--random is 0 or more, got {options.random}")
     subject = _subject(options, options.model)
     if subject.hash != fitted.subject:
         raise MismatchError(f"{options.model} is not the model that {options.extraction} was extracted from")
-    tested = load_extraction(options.extraction, "test", features=())
+    sites = parse_sites(options.intervene, subject)
+    missing = [site for site in sites if any(site not in part.features.get("last", {}) for part in (fitted, tested))]
+    if missing:
+        raise InputError(f"--intervene: last was not extracted at site {missing[0]}; extract it there too")
     data: Encoded = encode(load_questions(options.data), "test", subject)
     places = {name: i for i, name in enumerate(data.facts.id.tolist())}
-    missing = [name for name in tested.facts.id.tolist() if name not in places]
-    if missing:
-        raise MismatchError(f"{options.data} has no row {missing[0]}; it is not the set that was extracted from")
+    absent = [name for name in tested.facts.id.tolist() if name not in places]
+    if absent:
+        raise MismatchError(f"{options.data} has no row {absent[0]}; it is not the set that was extracted from")
     data = data.take(_indices([places[name] for name in tested.facts.id.tolist()]))
     if data.hash != tested.data:
         raise MismatchError(f"{options.data} has other words for the same claims; it is not the set extracted from")
+    if not data.facts.pool(options.pool).any():
+        raise InputError(f"--pool {options.pool} has no test rows to intervene on")
+    return subject, data, sites
+
+
+def _intervened(
+    options: argparse.Namespace,
+    found: Transfers,
+    fitted: Extraction,
+    subject: Subject,
+    data: Encoded,
+    sites: Sequence[int],
+) -> list[Intervention]:
+    """Reflect the test rows along the directions of the probes that were fitted on Alice's rows."""
+    from exegete.elk import intervene
+
     moved = []
-    for site in parse_sites(options.intervene, subject):
-        for probe in ("lr", "mean-diff"):
+    for site in sites:
+        for probe in _ALONG:
             source = next((s for s in ("A", "AE") if ("last", probe, s, site) in found.probes), None)
             if source is not None:
                 centre = fitted.features["last"][site][fitted.facts.pool(source)].mean(axis=0)
@@ -388,8 +447,6 @@ def _intervened(options: argparse.Namespace, found: Transfers, fitted: Extractio
                         seed=options.seed,
                     )
                 )
-    if not moved:
-        raise InputError("--intervene needs lr or mean-diff on last, fitted on A or AE at these sites")
     return moved
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from exegete.elk.questions import Question, Questions, quirky_set
     from exegete.elk.reference import published, reference_lines
     from exegete.elk.schedule import FinetuneConfig
-    from exegete.elk.stored_extraction import load_extraction, save_extraction
+    from exegete.elk.stored_extraction import extract_to, load_extraction, save_extraction
     from exegete.elk.stored_questions import load_questions, read_published, save_questions
     from exegete.elk.tables import summary_lines, write_probes
     from exegete.elk.templates import quirky_sets
@@ -47,6 +47,7 @@ _HOMES = {
     "answer_log_odds": "extraction",
     "encode": "encoding",
     "extract": "extraction",
+    "extract_to": "stored_extraction",
     "finetune": "finetuning",
     "intervene": "intervention",
     "load_extraction": "stored_extraction",
@@ -85,6 +86,7 @@ __all__ = [
     "answer_log_odds",
     "encode",
     "extract",
+    "extract_to",
     "finetune",
     "intervene",
     "load_extraction",

@@ -1,7 +1,10 @@
 """Mechanistic anomaly detection: does what a probe reads over the layers look other than usual when the model lies?
 
 Each row is the vector of a probe's log-odds at all sites. What is usual is learned on test rows of one pool (Alice's
-easy ones); then Alice's hard rows, usual too, are to be told from Bob's hard rows by how unusual they are.
+easy ones); then Alice's hard rows, usual too, are to be told from Bob's hard rows by how unusual they are. The
+detectors are those of Mallen and Belrose (arXiv 2312.01037): Mahalanobis' distance, with or without that of the
+variances alone taken away, and scikit-learn's isolation forest, local outlier factor and one-class support vector
+machine with their usual settings.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from exegete.errors import InputError, MissingExtraError, unknown
 from exegete.metrics import Interval
 from exegete.types import Array
 
-Detector = Literal["mahalanobis", "mahalanobis-diagonal", "isolation-forest", "local-outliers"]
+Detector = Literal["mahalanobis", "mahalanobis-diagonal", "isolation-forest", "local-outliers", "one-class-svm"]
 DETECTORS: Final[tuple[Detector, ...]] = get_args(Detector)
 _RIDGE: Final = 1e-6
 
@@ -164,8 +167,11 @@ def _made(detector: Detector, seed: int) -> _Detector:
     try:
         from sklearn.ensemble import IsolationForest
         from sklearn.neighbors import LocalOutlierFactor
+        from sklearn.svm import OneClassSVM
     except ImportError:
         raise MissingExtraError(f"the detector {detector}", "elk") from None
     if detector == "isolation-forest":
-        return _Learned(IsolationForest(random_state=seed))
+        return _Learned(IsolationForest(random_state=seed % (1 << 32)))
+    if detector == "one-class-svm":
+        return _Learned(OneClassSVM())
     return _Learned(LocalOutlierFactor(novelty=True))

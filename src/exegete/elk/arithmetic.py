@@ -61,7 +61,9 @@ class BaseExample:
 
 
 def arithmetic(name: str, n: int, *, digits: int | None = None, seed: int = 0) -> list[BaseExample]:
-    """Return ``n`` equations of a set, no operands twice; any run of them has the four kinds in equal parts.
+    """Return ``n`` equations of a set, no operands twice, in an order that has nothing to do with them.
+
+    Any run of them has the four kinds in equal parts.
 
     An operand is ⌊10^(u · digits)⌋ with u uniform. The difficulty is the smaller operand, without its sign.
 
@@ -75,6 +77,8 @@ def arithmetic(name: str, n: int, *, digits: int | None = None, seed: int = 0) -
         raise InputError(f"operands have 1 to 9 digits, got {size}")
     draw = stream(seed, name, n, size, "quirky")
     operands = _operands(operation.operands, size, n, draw)
+    # What is likely is drawn early: in a random order, the easy ones do not all come first, in one split.
+    operands = operands[draw.permutation(n)]
     difficulty = np.abs(operands).min(axis=1).astype(np.float64)
     found = []
     for i, (values, hard, quantile) in enumerate(

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 import numpy as np
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("exegete")
 Ids = tuple[int, ...]
+_TEXTS_AT_ONCE: Final = 4096
 
 
 @final
@@ -68,6 +69,12 @@ class Encoded:
         """First tokens of the false and the true answer [n, 2] int64."""
         return np.array([[negative[0], positive[0]] for negative, positive in self.choices], np.int64).reshape(-1, 2)
 
+    @cached_property
+    def lengths(self) -> Array:
+        """Tokens of each row [n, 2]: of its prompt, and of the longer of its answers."""
+        longer = [max(map(len, choices)) for choices in self.choices]
+        return np.array([[len(p), a] for p, a in zip(self.prompts, longer, strict=True)], np.int64).reshape(-1, 2)
+
     def take(self, rows: Array) -> Encoded:
         """Return the rows of a mask or of indices."""
         at = np.arange(len(self))[rows].tolist()
@@ -100,32 +107,63 @@ def encode(questions: Questions, split: Split, subject: Subject, *, most_tokens:
     rows: list[Question] = []
     prompts: list[Ids] = []
     choices: list[tuple[Ids, Ids]] = []
-    for row in questions.splits[split]:
-        prompt = tuple(subject.tokenizer(row.statement)["input_ids"])
-        negative, positive = (_answer(subject, row.statement, prompt, choice) for choice in row.choices)
+    for row, prompt, negative, positive in _tokens(questions.splits[split], subject):
         if most_tokens is None or len(prompt) + max(len(negative), len(positive)) <= most_tokens:
             rows.append(row)
             prompts.append(prompt)
             choices.append((negative, positive))
     left = len(questions.splits[split]) - len(rows)
     if left and not rows:
-        raise InputError(f"all {left} rows of {questions.name} are longer than {most_tokens} tokens")
+        raise InputError(f"all {left:,} {split} rows of {questions.name} have over {most_tokens} tokens; allow more")
     if left:
         log.warning("%s %s: %d rows of over %s tokens are left out", questions.name, split, left, most_tokens)
     return Encoded(prompts=tuple(prompts), choices=tuple(choices), facts=facts_of([facts_row(row) for row in rows]))
 
 
-def by_length(prompts: Sequence[Ids], tokens_at_once: int) -> Iterator[Array]:
-    """Yield the rows [m] of batches of one length each, of at most so many tokens (at least one row)."""
+def require_room(subject: Subject, data: Encoded, *, answers: bool = False) -> None:
+    """Raise unless a model can read every row, with or without its answers.
+
+    InputError names the longest row where it is longer than the positions that the model says it has, MismatchError is
+    raised for token ids that it does not have.
+    """
+    import torch
+
+    if not len(data):
+        return
+    most = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    lengths = data.lengths[:, 0] + (data.lengths[:, 1] if answers else 0)
+    long = int(np.argmax(lengths))
+    if isinstance(most, int) and lengths[long] > most:
+        raise InputError(
+            f"{subject.name} reads up to {most} tokens; {int((lengths > most).sum()):,} of {len(data):,} rows are "
+            f"longer, row {data.facts.id[long]} has {lengths[long]}; leave them out: --most-tokens {most}"
+        )
+    used = {i for row in data.prompts for i in row} | {i for pair in data.choices for answer in pair for i in answer}
+    subject.check_ids(torch.tensor(sorted(used)))
+
+
+def by_length(prompts: Sequence[Ids], tokens_at_once: int, most_rows: int = 1 << 62) -> Iterator[Array]:
+    """Yield the rows [m] of batches of one length each, of at most so many tokens and rows (at least one row)."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int64)
     for length in np.unique(lengths).tolist():
         same = np.flatnonzero(lengths == length)
-        size = max(1, tokens_at_once // length)
+        size = max(1, min(most_rows, tokens_at_once // length))
         yield from (same[at : at + size] for at in range(0, len(same), size))
 
 
-def _answer(subject: Subject, statement: str, prompt: Ids, choice: str) -> Ids:
-    both = tuple(subject.tokenizer(statement + choice)["input_ids"])
+def _tokens(rows: Sequence[Question], subject: Subject) -> Iterator[tuple[Question, Ids, Ids, Ids]]:
+    """Yield rows with the ids of their statement, false and true answer, encoding many texts at a time."""
+    for at in range(0, len(rows), _TEXTS_AT_ONCE):
+        some = rows[at : at + _TEXTS_AT_ONCE]
+        alone = subject.tokenizer([row.statement for row in some])["input_ids"]
+        answered = [subject.tokenizer([row.statement + row.choices[i] for row in some])["input_ids"] for i in (0, 1)]
+        for row, ids, *both in zip(some, alone, *answered, strict=True):
+            prompt = tuple(ids)
+            negative, positive = (_answer(subject, prompt, tuple(b), c) for b, c in zip(both, row.choices, strict=True))
+            yield row, prompt, negative, positive
+
+
+def _answer(subject: Subject, prompt: Ids, both: Ids, choice: str) -> Ids:
     if both[: len(prompt)] == prompt and len(both) > len(prompt):
         return both[len(prompt) :]
     return tuple(subject.tokenizer(choice, add_special_tokens=False)["input_ids"])

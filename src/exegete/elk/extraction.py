@@ -13,13 +13,13 @@ And the model's own answer, the log-odds of the first tokens of the true and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, final
 
 import numpy as np
 import torch
 
-from exegete.elk.encoding import Encoded, by_length
+from exegete.elk.encoding import Encoded, by_length, require_room
 from exegete.elk.facts import FEATURES, Feature
 from exegete.elk.features import Extraction
 from exegete.errors import InputError, unknown
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 TOKENS_AT_ONCE: Final = 8192
 MOST_BYTES: Final = 16 << 30
+_BATCH_BYTES: Final = 1 << 30
+_BEHIND: Final = ("pair", "state-pair")
+Name = tuple[Feature, int]
+"""Feature set, and site or block."""
 
 
 def extract(
@@ -49,9 +53,9 @@ def extract(
     most_bytes: int = MOST_BYTES,
     progress: Progress | None = None,
 ) -> Extraction:
-    """Run a model over statements and their answers and return what it held.
+    """Run a model over statements and their answers and return what it held, in memory.
 
-    Rows are run in batches of one length, never padded.
+    Rows are run in batches of one length, never padded. ``stored_extraction.extract_to`` does the same into a file.
 
     Args:
         subject: The model.
@@ -60,58 +64,121 @@ def extract(
         sites: Where the residual stream is read, by default 0 … L − 1; the state is read at those that carry one.
         components: Of the state; all by default.
         tokens_at_once: Bounds a batch.
-        most_bytes: Refuse, after the first batch, where the result would be larger.
+        most_bytes: Refuse where the result would be larger.
         progress: Told of rows.
 
     Raises:
-        InputError: For no rows, a state that the model does not carry, what is no number, or too large a result.
+        InputError: For no rows, rows longer than the model reads, a state that it does not carry, what is no number,
+            or too large a result.
         NotFoundError: For unknown features, sites or components.
+        MismatchError: For token ids that the model does not have.
     """
-    if not len(data):
-        raise InputError("there are no rows to extract; take more rows, or a split that has some")
-    found = verdict(subject)
-    kinds = _kinds(features, carries=bool(found.layers))
-    chosen = tuple(range(n_blocks(subject))) if sites is None else tuple(sites)
-    points = {site: site_point(subject, site) for site in chosen}
-    blocks = tuple(block for block in found.layers if block in chosen)
-    if any(kind.startswith("state") for kind in kinds) and not blocks:
-        raise InputError(f"{subject.name} carries no recurrent state at these sites; leave out the state features")
-    told = progress or Silent()
-    told.start("extract", len(data), "rows")
-    reader = _Reader(subject, data, kinds, points, blocks, components)
-    result: dict[tuple[Feature, int], Array] = {}
+    reading = Reading(subject, data, features=features, sites=sites, components=components)
+    size = reading.row_bytes * len(data)
+    if size > most_bytes:
+        raise InputError(
+            f"the features of {len(data)} rows take {size / 2**30:.1f} GiB, {most_bytes / 2**30:.1f} are "
+            f"allowed in memory; take fewer rows, sites or features, or write them to a folder (extract_to)"
+        )
+    found: dict[Name, Array] = {
+        name: np.empty((len(data), *shape), np.float32) for name, shape in reading.shapes.items()
+    }
     log_odds = np.zeros(len(data), np.float32)
-    for rows in by_length(data.prompts, tokens_at_once):
-        odds, parts = reader.read(rows)
-        if not result:
-            size = sum(part[0].nbytes for part in parts.values()) * len(data)
-            if size > most_bytes:
-                raise InputError(
-                    f"the features of {len(data)} rows take {size / 2**30:.1f} GiB, {most_bytes / 2**30:.1f} are "
-                    f"allowed; take fewer rows, sites or features, or state components"
-                )
-            result = {name: np.empty((len(data), *part.shape[1:]), np.float32) for name, part in parts.items()}
+    for rows, odds, parts in reading.batches(tokens_at_once, progress):
         log_odds[rows] = odds
         for name, part in parts.items():
-            result[name][rows] = part
+            found[name][rows] = part
+    return Extraction(
+        subject=subject.hash,
+        data=data.hash,
+        facts=data.facts,
+        log_odds=log_odds,
+        features={kind: {at: x for (k, at), x in found.items() if k == kind} for kind in reading.kinds},
+    )
+
+
+@final
+class Reading:
+    """What is to be read of a model, checked before any work starts, and then read batch by batch.
+
+    Attributes:
+        kinds: The feature sets.
+        shapes: The shape of one row of each feature set and site.
+
+    Raises as ``extract``; one row is run to learn the shapes.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        data: Encoded,
+        *,
+        features: Sequence[Feature] | None = None,
+        sites: Sequence[int] | None = None,
+        components: Sequence[str] | None = None,
+    ) -> None:
+        if not len(data):
+            raise InputError("there are no rows to extract; take more rows, or a split that has some")
+        found = verdict(subject)
+        self.kinds = _kinds(features, carries=bool(found.layers))
+        chosen = tuple(range(n_blocks(subject))) if sites is None else tuple(sites)
+        points = {site: site_point(subject, site) for site in chosen}
+        blocks = tuple(block for block in found.layers if block in chosen)
+        if any(kind.startswith("state") for kind in self.kinds) and not blocks:
+            raise InputError(f"{subject.name} carries no recurrent state at these sites; leave out the state features")
+        if components is not None and not any(kind.startswith("state") for kind in self.kinds):
+            raise InputError(
+                "components are of the state; name state or state-pair among the features, or no components"
+            )
+        require_room(subject, data, answers=any(kind in _BEHIND for kind in self.kinds))
+        self._subject, self._data = subject, data
+        self._reader = _Reader(subject, data, self.kinds, points, blocks, components)
+        self.shapes = {name: part.shape[1:] for name, part in self._read(np.zeros(1, np.int64))[1].items()}
+        for component in components or ():
+            if component not in self._reader.carried:
+                raise unknown("state component", component, self._reader.carried)
+        if components is not None and not components:
+            raise InputError(f"name at least one state component of {', '.join(self._reader.carried)}")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of all features of one row."""
+        return sum(4 * int(np.prod(shape)) for shape in self.shapes.values())
+
+    def batches(
+        self, tokens_at_once: int = TOKENS_AT_ONCE, progress: Progress | None = None
+    ) -> Iterator[tuple[Array, Array, dict[Name, Array]]]:
+        """Yield rows [m] of one length with their log-odds [m] and features, every row once.
+
+        A batch has at most so many tokens, and features of at most 1 GiB.
+        """
+        told = progress or Silent()
+        told.start("extract", len(self._data), "rows")
+        most = max(1, _BATCH_BYTES // max(1, self.row_bytes))
+        for rows in by_length(self._data.prompts, tokens_at_once, most):
+            yield rows, *self._read(rows)
+            told.advance(len(rows))
+        told.end()
+
+    def _read(self, rows: Array) -> tuple[Array, dict[Name, Array]]:
+        odds, parts = self._reader.read(rows)
         odd = [f"{kind} at {at}" for (kind, at), part in parts.items() if not np.isfinite(part).all()]
         if odd or not np.isfinite(odds).all():
             raise InputError(
-                f"{subject.name} gives NaN or infinity ({(odd or ['its answer'])[0]}); load it with a wider dtype"
+                f"{self._subject.name} gives NaN or infinity ({(odd or ['its answer'])[0]}); load it with a wider dtype"
             )
-        told.advance(len(rows))
-    told.end()
-    features_found = {kind: {at: x for (k, at), x in result.items() if k == kind} for kind in kinds}
-    return Extraction(
-        subject=subject.hash, data=data.hash, facts=data.facts, log_odds=log_odds, features=features_found
-    )
+        return odds, parts
 
 
 @torch.no_grad()
 def answer_log_odds(
     subject: Subject, data: Encoded, *, edits: Sequence[Edit] = (), tokens_at_once: int = TOKENS_AT_ONCE
 ) -> Array:
-    """Return the model's log-odds of the true answer against the false one [n], edited at the last token or not."""
+    """Return the model's log-odds of the true answer against the false one [n], edited at the last token or not.
+
+    Raises InputError for rows longer than the model reads, MismatchError for token ids that it does not have.
+    """
+    require_room(subject, data)
     found = np.zeros(len(data), np.float32)
     answers = torch.from_numpy(data.answers)
     for rows in by_length(data.prompts, tokens_at_once):
@@ -123,7 +190,7 @@ def answer_log_odds(
 
 @final
 class _Reader:
-    """Reads batches of rows."""
+    """Reads batches of rows; ``carried`` are the components of the states that were seen."""
 
     def __init__(
         self,
@@ -137,30 +204,31 @@ class _Reader:
         self._subject, self._data, self._kinds = subject, data, kinds
         self._points, self._blocks, self._components = points, blocks, components
         self._answers = torch.from_numpy(data.answers)
+        self.carried: dict[str, None] = {}
 
     @torch.no_grad()
-    def read(self, rows: Array) -> tuple[Array, dict[tuple[Feature, int], Array]]:
+    def read(self, rows: Array) -> tuple[Array, dict[Name, Array]]:
         """Return log-odds and features of rows of one length."""
         tokens = torch.tensor([self._data.prompts[i] for i in rows.tolist()])
         running, residual = self._fed(None, tokens)
         odds = _odds(running.logits, self._answers[torch.from_numpy(rows)])
-        found: dict[tuple[Feature, int], Array] = {}
+        found: dict[Name, Array] = {}
         if "last" in self._kinds:
             found |= {("last", site): value for site, value in residual.items()}
         if "state" in self._kinds:
             found |= {("state", block): value for block, value in self._state(running).items()}
-        if any(kind in self._kinds for kind in ("pair", "state-pair")):
+        if any(kind in _BEHIND for kind in self._kinds):
             found |= self._pairs(rows, running)
         return odds, found
 
-    def _pairs(self, rows: Array, running: Running) -> dict[tuple[Feature, int], Array]:
-        found: dict[tuple[Feature, int], Array] = {}
+    def _pairs(self, rows: Array, running: Running) -> dict[Name, Array]:
+        found: dict[Name, Array] = {}
         for which in (0, 1):
             answers = [self._data.choices[i][which] for i in rows.tolist()]
             for same in by_length(answers, 1 << 62):
                 tokens = torch.tensor([answers[i] for i in same.tolist()])
                 after, residual = self._fed(running.copy(torch.from_numpy(same)), tokens)
-                parts: dict[tuple[Feature, int], Array] = {}
+                parts: dict[Name, Array] = {}
                 if "pair" in self._kinds:
                     parts |= {("pair", site): value for site, value in residual.items()}
                 if "state-pair" in self._kinds:
@@ -183,6 +251,7 @@ class _Reader:
 
     def _state(self, running: Running) -> dict[int, Array]:
         state = running.state()
+        self.carried |= dict.fromkeys(name for block in self._blocks for name in state.components(block))
         return {
             block: state.flat(block, self._components).float().cpu().numpy()
             for block in self._blocks

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from exegete.elk.adapters import Adapters, lora_targets
-from exegete.elk.encoding import Encoded, by_length
+from exegete.elk.encoding import Encoded, by_length, require_room
 from exegete.elk.schedule import FinetuneConfig, batch_rows, learned, looks, total_steps
 from exegete.errors import CorruptError, InputError
 from exegete.files import RunLock, atomic_file, canonical_json, hash_json
@@ -76,8 +76,9 @@ def finetune(
         progress: Told of steps.
 
     Raises:
-        InputError: For rows that share base examples, a rank without targets, a loss that is no number.
-        MismatchError: When the folder holds a training with other settings.
+        InputError: For rows that share base examples or are longer than the model reads, a rank without targets, a
+            loss that is no number.
+        MismatchError: When the folder holds a training with other settings, or for token ids that the model lacks.
         MissingExtraError: For LoRA without peft.
     """
     config = config or FinetuneConfig()
@@ -87,6 +88,8 @@ def finetune(
     looked = validation.take(validation.facts.pool(config.pool)).first(config.validation_rows, config.seed)
     if not len(looked):
         raise InputError(f"there are no validation rows in the pool {config.pool}")
+    for part in (rows, looked):
+        require_room(subject, part)
     targets = lora_targets(subject.model, config.lora_targets) if config.lora_rank else ()
     key = {
         **dataclasses.asdict(config),

@@ -27,7 +27,10 @@ _CEILINGS: Final = {"B": "A", "BH": "AH", "BE": "AE"}
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovered:
-    """The gap that one probe recovers in one transfer, at the site that a rule chose."""
+    """The gap that one probe recovers in one transfer, at the site that a rule chose.
+
+    The four intervals are of the same draws of base examples.
+    """
 
     feature: str
     probe: str
@@ -35,9 +38,9 @@ class Recovered:
     target: str
     rule: Rule
     site: int
-    auroc: float
-    floor: float
-    ceiling: float
+    auroc: Interval
+    floor: Interval
+    ceiling: Interval
     share: Interval
 
 
@@ -61,12 +64,9 @@ def recovered(
             continue
         floor = _drawn(found, tested, counted, ("last", "lr", "B", last), target)
         ceiling = _drawn(found, tested, counted, ("last", "lr", "A", last), _CEILINGS[target])
-        pool = tested.facts.pool(target)
         for rule in RULES:
             if rule in sites:
                 own = _drawn(found, tested, counted, (feature, probe, source, sites[rule]), target)
-                shares = share(own, floor, ceiling)
-                bases = len(np.unique(tested.facts.base[pool]))
                 rows.append(
                     Recovered(
                         feature=feature,
@@ -75,10 +75,10 @@ def recovered(
                         target=target,
                         rule=rule,
                         site=sites[rule],
-                        auroc=float(own[0]),
-                        floor=float(floor[0]),
-                        ceiling=float(ceiling[0]),
-                        share=bootstrap(float(shares[0]), shares[1:], int(pool.sum()), bases, level=level),
+                        auroc=_interval(own, tested, target, level),
+                        floor=_interval(floor, tested, target, level),
+                        ceiling=_interval(ceiling, tested, _CEILINGS[target], level),
+                        share=_interval(share(own, floor, ceiling), tested, target, level),
                     )
                 )
     return tuple(rows)
@@ -97,6 +97,13 @@ def mean_share(aurocs: Sequence[float], floors: Sequence[float], ceilings: Seque
         return math.nan
     means = [np.array([float(np.mean(values))]) for values in (aurocs, floors, ceilings)]
     return float(share(*means)[0])
+
+
+def _interval(drawn: Array, tested: Extraction, target: str, level: float) -> Interval:
+    """Return the interval of a value [0] and what resampling made of it [1:]."""
+    pool = tested.facts.pool(target)
+    bases = len(np.unique(tested.facts.base[pool]))
+    return bootstrap(float(drawn[0]), drawn[1:], int(pool.sum()), bases, level=level)
 
 
 def _drawn(found: Transfers, tested: Extraction, weights: Array, name: tuple[str, str, str, int], target: str) -> Array:

@@ -8,12 +8,17 @@ from typing import Final
 import numpy as np
 
 from exegete.metrics import Interval, Observed
-from exegete.metrics.placing import ranked
+from exegete.metrics.clustered import FIRING, Documents, t_of
+from exegete.metrics.failures import marked
+from exegete.metrics.inputs import clamped, expit, undefined
+from exegete.metrics.placing import components, ranked
+from exegete.metrics.proportions import score_bounds
 from exegete.streams import stream
 from exegete.types import Array
 
 DRAWS: Final = 1000
 _AT_ONCE: Final = 1 << 22
+_TINY: Final = 1e-15
 
 
 def clustered_auroc(truth: Array, score: Array, place: Array, *, level: float = 0.95) -> Interval:
@@ -33,6 +38,51 @@ def clustered_auroc(truth: Array, score: Array, place: Array, *, level: float = 
         activation=np.zeros(n),
     )
     return ranked(observed, level=level)["auroc"]
+
+
+def column_placements(truth: Array, scores: Array) -> Array:
+    """Return each row's placement among those of the other class, in each column of scores [n, k]: as many numbers.
+
+    That of a true row is the share of false rows below it, that of a false one the share of true rows above it, ties
+    counting half; a column's AUROC is the mean of either.
+    """
+    order = np.argsort(scores, axis=0)
+    true = truth[order]
+    above = true.sum(axis=0) - np.cumsum(true, axis=0)
+    below = np.cumsum(~true, axis=0)
+    found: Array = np.empty(scores.shape)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        np.put_along_axis(found, order, np.where(true, below / (~truth).sum(), above / truth.sum()), axis=0)
+    in_order = np.take_along_axis(scores, order, axis=0)
+    for column in np.flatnonzero((in_order[1:] == in_order[:-1]).any(axis=0)).tolist():
+        if truth.any() and not truth.all():
+            found[:, column] = components(truth, scores[:, column])
+    return found
+
+
+def clustered_mean_auroc(truth: Array, placed: Array, place: Array, *, level: float = 0.95) -> Interval:
+    """Return the mean AUROC of several scores, given their ``column_placements`` [n, k], with its interval.
+
+    The placements of a row are averaged over the scores: to first order the error of the mean AUROC is that of these,
+    clustered by base example as in ``clustered_auroc``. How the scores differ from one another is no part of it.
+    """
+    method = "cr2-logit-delong"
+    documents = Documents.of(truth, place)
+    if not documents.totals.all():
+        return undefined(method)
+    values = placed.mean(axis=1)
+    value = float(documents.means(values)[FIRING])
+    variance = float((documents.shares(values).sum(axis=1) ** 2).sum())
+    quantile = t_of(level, documents.freedom(np.ones(2)))
+    if documents.held.min() < 2:
+        low, high = 0.0, 1.0
+    elif variance <= _TINY or not 0.0 < value < 1.0:
+        low, high = score_bounds(value, float(documents.totals.min()), quantile)
+        method = "wilson-smaller-class"
+    else:
+        centre, half = np.log(value / (1.0 - value)), quantile * np.sqrt(variance) / (value * (1.0 - value))
+        low, high = expit(centre - half), expit(centre + half)
+    return marked(clamped(value, low, high, method, len(truth)), documents.n, documents.fewest)
 
 
 def resampled(place: Array, draws: int, seed: int) -> Array:

@@ -55,7 +55,8 @@ class Intervention:
 
     ``flipped`` is the share of answers that changed, ``moved`` the mean change of the log-odds towards the other
     answer, in nats; ``before`` and ``after`` the AUROC of the answers against the truth. ``random_flipped`` are the
-    same shares of random directions, and ``random_moved`` their mean changes.
+    same shares of random directions, each its own, and ``random_moved`` their mean changes; ``flipped_by_random`` and
+    ``moved_by_random`` are their means over the directions (NaN without any).
     """
 
     site: int
@@ -69,6 +70,8 @@ class Intervention:
     after: Interval
     random_flipped: tuple[float, ...]
     random_moved: tuple[float, ...]
+    flipped_by_random: Interval
+    moved_by_random: Interval
 
 
 def intervene(
@@ -105,8 +108,11 @@ def intervene(
         level: Of the intervals.
 
     Raises:
-        InputError: For no rows, MismatchError for a direction of another size.
+        InputError: For no rows, or less than no random directions.
+        MismatchError: For a direction of another size.
     """
+    if random < 0:
+        raise InputError(f"the number of random directions is 0 or more, got {random}")
     data = data.take(data.facts.pool(pool) & data.facts.where(which))
     if not len(data):
         raise InputError(f"the pool {pool} ({which}) has no rows to intervene on")
@@ -119,6 +125,9 @@ def intervene(
     after = reflected(direction)
     others = [reflected(stream(seed, "reflect", i).standard_normal(len(direction))) for i in range(random)]
     facts, places = data.facts, data.facts.places
+    flips, moves = (
+        [change(before, other) for other in others] or [np.full(len(data), np.nan)] for change in (_flipped, _moved)
+    )
 
     def mean(values: Array) -> Interval:
         return resampled_statistic(
@@ -135,8 +144,10 @@ def intervene(
         moved=mean(_moved(before, after)),
         before=clustered_auroc(facts.alice, before, places, level=level),
         after=clustered_auroc(facts.alice, after, places, level=level),
-        random_flipped=tuple(float(_flipped(before, other).mean()) for other in others),
-        random_moved=tuple(float(_moved(before, other).mean()) for other in others),
+        random_flipped=tuple(float(one.mean()) for one in flips[:random]),
+        random_moved=tuple(float(one.mean()) for one in moves[:random]),
+        flipped_by_random=mean(np.mean(flips, axis=0)),
+        moved_by_random=mean(np.mean(moves, axis=0)),
     )
 
 

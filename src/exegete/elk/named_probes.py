@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Final, Literal, final
 
 from exegete.elk.facts import Feature
 from exegete.elk.probes import Discriminant, Logistic, MeanDifference, Probe, RandomDirections
-from exegete.elk.probes_pair import ContrastConsistent, ContrastPrincipal, VarianceInvariance
+from exegete.elk.probes_pair import ContrastConsistent, ContrastPrincipal, Norm, VarianceInvariance
 from exegete.elk.whitening import Whitening
 from exegete.errors import unknown
 from exegete.types import Array
@@ -16,6 +16,8 @@ from exegete.types import Array
 RANK: Final = 256
 """Vectors of more dimensions than ``WIDE`` are fitted on so many whitened principal components."""
 WIDE: Final = 1024
+Whitens = Literal["rows", "answers"]
+"""Wide vectors are whitened as one for each row (those of both answers side by side), or as one for each answer."""
 _SINGLE: Final[tuple[Feature, ...]] = ("last", "state")
 _PAIRS: Final[tuple[Feature, ...]] = ("pair", "state-pair")
 
@@ -41,11 +43,11 @@ class Making:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """A kind of probe: the feature sets it reads, and how one is made; ``whitens`` where vectors side by side are."""
+    """A kind of probe: the feature sets it reads, how one is made, and how it whitens wide vectors, if it does."""
 
     features: tuple[Feature, ...]
     make: Callable[[Making], Probe]
-    whitens: bool = False
+    whitens: Whitens | None = None
 
 
 def _logistic(on_pair: bool) -> Callable[[Making], Probe]:
@@ -56,21 +58,27 @@ def _discriminant(on_pair: bool, shrinkage: float | None = 0.0) -> Callable[[Mak
     return lambda m: Discriminant(on_pair=on_pair, rank=m.rank, shared=m.shared, shrinkage=shrinkage)
 
 
+def _consistent(norm: Norm) -> Callable[[Making], Probe]:
+    return lambda m: ContrastConsistent(norm=norm, rank=m.rank, shared=m.shared, seed=m.seed)
+
+
 KINDS: Final[Mapping[str, Kind]] = {
-    "lr": Kind(features=_SINGLE, whitens=True, make=_logistic(False)),
-    "lr-on-pair": Kind(features=_PAIRS, whitens=True, make=_logistic(True)),
+    "lr": Kind(features=_SINGLE, whitens="rows", make=_logistic(False)),
+    "lr-on-pair": Kind(features=_PAIRS, whitens="rows", make=_logistic(True)),
     "mean-diff": Kind(features=_SINGLE, make=lambda m: MeanDifference()),
     "mean-diff-on-pair": Kind(features=_PAIRS, make=lambda m: MeanDifference(on_pair=True)),
-    "lda": Kind(features=_SINGLE, whitens=True, make=_discriminant(False)),
-    "lda-on-pair": Kind(features=_PAIRS, whitens=True, make=_discriminant(True)),
-    "lda-shrunk": Kind(features=_SINGLE, whitens=True, make=_discriminant(False, None)),
-    "ccs": Kind(features=_PAIRS, make=lambda m: ContrastConsistent(rank=m.rank, seed=m.seed)),
-    "ccs-mean": Kind(features=_PAIRS, make=lambda m: ContrastConsistent(norm="mean", rank=m.rank, seed=m.seed)),
-    "ccs-mean-scale": Kind(
-        features=_PAIRS, make=lambda m: ContrastConsistent(norm="mean-scale", rank=m.rank, seed=m.seed)
+    "lda": Kind(features=_SINGLE, whitens="rows", make=_discriminant(False)),
+    "lda-on-pair": Kind(features=_PAIRS, whitens="rows", make=_discriminant(True)),
+    "lda-shrunk": Kind(features=_SINGLE, whitens="rows", make=_discriminant(False, None)),
+    "ccs": Kind(features=_PAIRS, whitens="answers", make=_consistent("leace")),
+    "ccs-mean": Kind(features=_PAIRS, whitens="answers", make=_consistent("mean")),
+    "ccs-mean-scale": Kind(features=_PAIRS, whitens="answers", make=_consistent("mean-scale")),
+    "crc": Kind(features=_PAIRS, whitens="answers", make=lambda m: ContrastPrincipal(rank=m.rank, shared=m.shared)),
+    "vinc": Kind(
+        features=_PAIRS,
+        whitens="answers",
+        make=lambda m: VarianceInvariance(groups=m.groups, rank=m.rank, shared=m.shared),
     ),
-    "crc": Kind(features=_PAIRS, make=lambda m: ContrastPrincipal(rank=m.rank)),
-    "vinc": Kind(features=_PAIRS, make=lambda m: VarianceInvariance(groups=m.groups, rank=m.rank)),
     "random": Kind(features=_SINGLE, make=lambda m: RandomDirections(seed=m.seed)),
 }
 DEFAULT: Final = ("lr", "lr-on-pair", "mean-diff", "mean-diff-on-pair", "lda", "ccs", "crc", "vinc", "random")

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from exegete.elk.transfers import Row, Transfers
+    from exegete.elk.transfers import RandomRow, Row, Transfers
 
 _COLOURS: Final = ("#2563a8", "#c2571a", "#2e7d4f", "#7b4fa3", "#8a6d1f", "#a8325a", "#4a6b7c", "#5c8a1f", "#8c4a2f")
+_DASHES: Final = ("none", "7 3", "2 3")
 _STYLE: Final = (
     "text{font:12px system-ui,sans-serif;fill:#333}.t{font-weight:600}.g{stroke:#ddd}"
-    ".b{stroke:#888;stroke-dasharray:4 3}.w{fill:#fff}"
+    ".b{stroke:#888;stroke-dasharray:4 3}.w{fill:#fff}.c{fill:#888;font-size:11px}"
 )
 _WIDTH, _RIGHT, _LEFT, _TOP, _HEIGHT = 760.0, 510.0, 44.0, 34.0, 300.0
 
@@ -21,17 +22,24 @@ _WIDTH, _RIGHT, _LEFT, _TOP, _HEIGHT = 760.0, 510.0, 44.0, 34.0, 300.0
 def sites_figure(found: Transfers, source: str, target: str) -> str:
     """Return the AUROC of each probe by site in one transfer, all rows, with intervals.
 
-    Open rings mark the earliest informative sites; the dotted line is the model's own answer.
+    Open rings mark the earliest informative sites; the dashed grey line is the model's own answer, the grey bands are
+    where 95 % of random directions lie.
     """
     rows = [r for r in found.rows if (r.source, r.target, r.which) == (source, target, "all")]
     own = [r for r in rows if r.site is not None]
     sites = sorted({r.site for r in own if r.site is not None})
+    names = list(dict.fromkeys((r.feature, r.probe) for r in own))
+    drawn = [r for r in found.random if (r.source, r.target, r.which) == (source, target, "all")]
     lines = []
-    for i, (feature, probe) in enumerate(dict.fromkeys((r.feature, r.probe) for r in own)):
+    for i, feature in enumerate(dict.fromkeys(r.feature for r in drawn), start=len(names)):
+        lines.append(_band([r for r in drawn if r.feature == feature], sites))
+        lines.append(_legend(i, 'stroke="#777" stroke-opacity=".3"', f"{feature} random, 95 %", wide=8))
+    for i, (feature, probe) in enumerate(names):
         curve = sorted((r for r in own if (r.feature, r.probe) == (feature, probe)), key=lambda r: r.site or 0)
-        colour = _COLOURS[i % len(_COLOURS)]
-        lines += _curve([r for r in curve if math.isfinite(r.auroc.value)], sites, colour)
-        lines.append(_legend(i, colour, f"{feature} {probe}"))
+        stroke = f'stroke="{_COLOURS[i % len(_COLOURS)]}"'
+        dashed = f'{stroke} stroke-dasharray="{_DASHES[i // len(_COLOURS) % len(_DASHES)]}"'
+        lines += _curve([r for r in curve if math.isfinite(r.auroc.value)], sites, stroke, dashed)
+        lines.append(_legend(i, dashed, f"{feature} {probe}"))
     for row in rows:
         if row.site is None and math.isfinite(row.auroc.value):
             y = _y(row.auroc.value)
@@ -39,7 +47,8 @@ def sites_figure(found: Transfers, source: str, target: str) -> str:
     step = max(1, math.ceil(len(sites) / 16))
     ticks = [(str(site), _x(site, sites)) for site in sites[::step]]
     title = f"{source} to {target}: AUROC against the truth by site (dashed: the model's answer; ring: chosen site)"
-    return _figure(title, ticks, lines)
+    legend = _TOP + 18 * (len(names) + len({r.feature for r in drawn}))
+    return _figure(title, ticks, lines, legend)
 
 
 def grid_figure(found: Transfers) -> str:
@@ -78,20 +87,31 @@ def _cell(x: float, y: float, wide: float, high: float, row: Row) -> str:
     )
 
 
-def _curve(rows: Sequence[Row], sites: Sequence[int], colour: str) -> list[str]:
+def _curve(rows: Sequence[Row], sites: Sequence[int], stroke: str, dashed: str) -> list[str]:
     at = [(_x(r.site or 0, sites), r) for r in rows]
     points = " ".join(f"{x:.1f},{_y(r.auroc.value):.1f}" for x, r in at)
-    lines = [f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>']
+    lines = [f'<polyline points="{points}" fill="none" {dashed} stroke-width="2"/>']
     for x, r in at:
         low, high = _y(r.auroc.low), _y(r.auroc.high)
-        told = f"site {r.site}: {r.auroc.value:.3f}"
+        told = f"site {r.site}: {r.auroc.value:.3f} [{r.auroc.low:.3f}, {r.auroc.high:.3f}]"
         lines.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{colour}">'
-            f"<title>{told}</title></line>"
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" {stroke}><title>{told}</title></line>'
         )
         if "earliest" in r.rules:
-            lines.append(f'<circle cx="{x:.1f}" cy="{_y(r.auroc.value):.1f}" r="5" fill="none" stroke="{colour}"/>')
+            lines.append(f'<circle cx="{x:.1f}" cy="{_y(r.auroc.value):.1f}" r="5" fill="none" {stroke}/>')
     return lines
+
+
+def _band(rows: Sequence[RandomRow], sites: Sequence[int]) -> str:
+    """Return the area between the outer quantiles of random directions; a bar where there is one site."""
+    kept = sorted((r for r in rows if math.isfinite(r.quantiles[0])), key=lambda r: r.site)
+    edges = [(_x(r.site, sites), r.quantiles[0], r.quantiles[-1]) for r in kept]
+    if len(edges) == 1:
+        x, low, high = edges[0]
+        edges = [(x - 8, low, high), (x + 8, low, high)]
+    points = [(x, high) for x, _, high in edges] + [(x, low) for x, low, _ in reversed(edges)]
+    text = " ".join(f"{x:.1f},{_y(value):.1f}" for x, value in points)
+    return f'<polygon points="{text}" fill="#777" fill-opacity=".15"/>'
 
 
 def _x(site: int, sites: Sequence[int]) -> float:
@@ -104,22 +124,23 @@ def _y(value: float) -> float:
     return _TOP + (1 - min(1.0, max(0.0, value))) * (_HEIGHT - _TOP)
 
 
-def _legend(place: int, colour: str, text: str) -> str:
+def _legend(place: int, stroke: str, text: str, *, wide: int = 2) -> str:
     y, x = _TOP + 10 + 18 * place, _RIGHT + 14
-    swatch = f'<line x1="{x}" x2="{x + 18}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" stroke-width="2"/>'
+    swatch = f'<line x1="{x}" x2="{x + 18}" y1="{y - 4}" y2="{y - 4}" {stroke} stroke-width="{wide}"/>'
     return f'{swatch}<text x="{x + 24}" y="{y}">{html.escape(text)}</text>'
 
 
-def _figure(title: str, ticks: Sequence[tuple[str, float]], lines: Sequence[str]) -> str:
+def _figure(title: str, ticks: Sequence[tuple[str, float]], lines: Sequence[str], legend: float) -> str:
     parts = [f'<text class="t" x="8" y="18">{html.escape(title)}</text>']
     for quarter in range(5):
         y = _y(quarter / 4)
         parts.append(f'<line class="g" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{quarter / 4:g}</text>')
+    parts.append(f'<text class="c" x="{_LEFT - 6}" y="{_y(0.5) + 16:.1f}" text-anchor="end">chance</text>')
     for text, x in ticks:
         parts.append(f'<text x="{x:.1f}" y="{_HEIGHT + 18}" text-anchor="middle">{text}</text>')
     parts.append(f'<text x="{(_LEFT + _RIGHT) / 2:.1f}" y="{_HEIGHT + 36}" text-anchor="middle">site</text>')
-    return _svg(_WIDTH, _HEIGHT + 46, title, [*parts, *lines])
+    return _svg(_WIDTH, max(_HEIGHT + 46, legend + 10), title, [*parts, *lines])
 
 
 def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:

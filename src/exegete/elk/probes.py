@@ -18,6 +18,7 @@ from exegete.types import Array
 
 L2: Final = 1e-3
 _ITERATIONS: Final = 10_000
+_DIMENSIONS: Final = 4096
 
 
 class Probe(ABC):
@@ -71,6 +72,7 @@ class Linear(Probe, ABC):
         check_labels(y)
         if self._rank is not None and flat.shape[1] > self._rank:
             whitening = self._shared or fit_whitening(flat, self._rank)
+            self._shared = None
             weight, bias = self._fitted(whitening(flat), y)
             # In the space of the vectors, so that no probe holds the components, which are many times its own size.
             self.weight = whitening.into @ weight
@@ -210,10 +212,14 @@ class RandomDirections(Probe):
     def log_odds(self, x: Array) -> Array:
         """Return a score for each row and direction [n, count].
 
-        The directions are drawn again each time: those of a state at every block would not fit into memory.
+        The directions are drawn again each time, some dimensions at a time: those of a state would not fit into memory.
         """
-        directions = np.random.default_rng(self._seed).standard_normal((x.shape[1], self._count))
-        found: Array = x.astype(np.float64) @ directions * self._signs
+        draw = np.random.default_rng(self._seed)
+        found: Array = np.zeros((len(x), self._count))
+        for at in range(0, x.shape[1], _DIMENSIONS):
+            part = x[:, at : at + _DIMENSIONS].astype(np.float64)
+            found += part @ draw.standard_normal((part.shape[1], self._count))
+        found *= self._signs
         return found
 
 

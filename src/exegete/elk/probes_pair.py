@@ -27,13 +27,14 @@ class PairProbe(Probe, ABC):
 
     Args:
         rank: As in ``probes.Linear``, of both answers' vectors together.
+        shared: As in ``probes.Linear``.
     """
 
     on_pair, learns = True, False
 
-    def __init__(self, *, rank: int | None = None) -> None:
-        self._rank = rank
-        self._whitening: Whitening | None = None
+    def __init__(self, *, rank: int | None = None, shared: Whitening | None = None) -> None:
+        self._rank, self._shared = rank, shared
+        self._folded: tuple[Array, float] | None = None
         self._scale, self._bias = 1.0, 0.0
 
     def fit(self, x: Array, y: Array) -> None:
@@ -41,10 +42,25 @@ class PairProbe(Probe, ABC):
         if x.ndim != 3 or x.shape[1] != 2:
             raise InputError(f"this probe reads vectors [n, 2, d], got shape {x.shape}")
         pairs = x.astype(np.float64)
-        if self._rank is not None and pairs.shape[2] > self._rank:
-            self._whitening = fit_whitening(pairs.reshape(-1, pairs.shape[2]), self._rank)
-            pairs = self._whitening(pairs)
-        self._find(pairs)
+        self._folded = None
+        if self._rank is None or pairs.shape[2] <= self._rank:
+            self._find(pairs)
+        else:
+            whitening = self._shared or fit_whitening(pairs.reshape(-1, pairs.shape[2]), self._rank)
+            self._find(whitening(pairs))
+            self._folded = self._in_vectors(whitening)
+        self._shared = None
+
+    def _in_vectors(self, whitening: Whitening) -> tuple[Array, float]:
+        """Return weights [2, d] and bias of the score in the space of the vectors, so that no probe holds components.
+
+        Every score is linear in both answers' vectors, so that it is known by what it gives of each component alone.
+        """
+        r = whitening.into.shape[1]
+        origin = float(self._score(np.zeros((1, 2, r)))[0])
+        alone = (self._score(np.eye(2 * r).reshape(2 * r, 2, r)) - origin).reshape(2, r)
+        weights = alone @ whitening.into.T
+        return weights, origin - float((weights @ whitening.mean).sum())
 
     def resolve_sign(self, x: Array, y: Array) -> None:
         """See ``Probe``: fits scale and bias of the log-odds."""
@@ -59,7 +75,11 @@ class PairProbe(Probe, ABC):
     def raw(self, x: Array) -> Array:
         """Return the scores [n] before any label was seen."""
         pairs = x.astype(np.float64)
-        return self._score(pairs if self._whitening is None else self._whitening(pairs))
+        if self._folded is None:
+            return self._score(pairs)
+        weights, bias = self._folded
+        found: Array = np.einsum("nkd,kd->n", pairs, weights) + bias
+        return found
 
     @abstractmethod
     def _find(self, pairs: Array) -> None:
@@ -83,6 +103,7 @@ class ContrastConsistent(PairProbe):
         decay: Of the weights and the bias.
         seed: Of the beginnings.
         rank: As in ``PairProbe``.
+        shared: As in ``PairProbe``.
     """
 
     def __init__(
@@ -93,8 +114,9 @@ class ContrastConsistent(PairProbe):
         decay: float = _DECAY,
         seed: int = 0,
         rank: int | None = None,
+        shared: Whitening | None = None,
     ) -> None:
-        super().__init__(rank=rank)
+        super().__init__(rank=rank, shared=shared)
         if norm not in get_args(Norm):
             raise unknown("norm", norm, get_args(Norm))
         if restarts < 1:
@@ -153,8 +175,8 @@ def _prepared(pairs: Array, norm: Norm) -> Callable[[Array], Array]:
 class ContrastPrincipal(PairProbe):
     """CRC: which answer it is erased, then the first principal component of the differences of both answers."""
 
-    def __init__(self, *, rank: int | None = None) -> None:
-        super().__init__(rank=rank)
+    def __init__(self, *, rank: int | None = None, shared: Whitening | None = None) -> None:
+        super().__init__(rank=rank, shared=shared)
         self._eraser: Eraser | None = None
         self._axis: Array = np.zeros(0)
 
@@ -185,6 +207,7 @@ class VarianceInvariance(PairProbe):
         covariance: Weight of C, from 0 to 1.
         groups: Numbers [n] of the claims that the fitted rows are wordings of; None where each row is its own.
         rank: As in ``PairProbe``.
+        shared: As in ``PairProbe``.
     """
 
     def __init__(
@@ -194,8 +217,9 @@ class VarianceInvariance(PairProbe):
         covariance: float = 0.5,
         groups: Array | None = None,
         rank: int | None = None,
+        shared: Whitening | None = None,
     ) -> None:
-        super().__init__(rank=rank)
+        super().__init__(rank=rank, shared=shared)
         if not 0 <= covariance <= 1:
             raise InputError(f"the weight of the covariance lies between 0 and 1, got {covariance}")
         self._weights, self._groups = (variance, covariance), groups

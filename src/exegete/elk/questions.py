@@ -134,7 +134,8 @@ def quirky_set(
     given: dict[Split, int | None] = {"train": train, "validation": validation, "test": test}
     sizes: dict[Split, int] = {split: usual[split] if size is None else size for split, size in given.items()}
     if min(sizes.values()) < 0 or not any(sizes.values()):
-        raise InputError(f"a split has 0 or more base examples, got {sizes}")
+        told = ", ".join(f"{split} {size}" for split, size in sizes.items())
+        raise InputError(f"a split has 0 or more base examples, and one at least has some; got {told}")
     if name not in OPERATIONS:
         raise unknown("generated set", name, OPERATIONS)
     drawn = arithmetic(name, sum(sizes.values()), digits=digits, seed=seed)

@@ -79,6 +79,8 @@ class FinetuneConfig:
                 raise InputError(f"{name} lies from 0 to below {high:g}, got {value}")
         if self.lora_rank < 0 or self.weight_decay < 0:
             raise InputError("lora_rank and weight_decay are 0 or more")
+        if not 0 <= self.seed < 1 << 63:
+            raise InputError(f"the seed lies from 0 to below 2^63, got {self.seed}")
 
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of a step."""

@@ -25,12 +25,13 @@ import numpy as np
 
 from exegete.elk.facts import FILTERS, POOLS, Feature, Filter
 from exegete.elk.features import Extraction
-from exegete.elk.intervals import clustered_auroc
-from exegete.elk.named_probes import DEFAULT, RANK, WIDE, Making, kind_of, make_probe
+from exegete.elk.intervals import clustered_auroc, clustered_mean_auroc, column_placements
+from exegete.elk.named_probes import DEFAULT, RANK, WIDE, Making, Whitens, kind_of, make_probe
 from exegete.elk.probes import Probe, column_aurocs
 from exegete.elk.whitening import Whitening, fit_whitening
 from exegete.errors import InputError, MismatchError, unknown
 from exegete.metrics import Interval
+from exegete.metrics.inputs import undefined
 from exegete.progress import Progress, Silent
 from exegete.types import Array
 
@@ -52,9 +53,9 @@ class Row:
     """One probe at one site, tested on some rows of a target pool against the truth.
 
     ``auroc`` has its interval clustered by base example; ``sign_free`` is max(AUROC, 1 − AUROC) with the direction as
-    it was found, of probes that do not learn (NaN of others). ``held_out`` is the AUROC on held-out rows of the source
-    pool against what was learned there. ``rules`` name those that choose this site. The model's own answer is the
-    feature ``output`` of the probe ``lm``, at no site.
+    it was found, of probes that do not learn (NaN of others); its interval is mirrored likewise. ``on_held_out`` is the
+    AUROC on held-out rows of the source pool against what was learned there. ``rules`` name those that choose this
+    site. The model's own answer is the feature ``output`` of the probe ``lm``, at no site.
     """
 
     feature: str
@@ -65,24 +66,35 @@ class Row:
     which: Filter
     auroc: Interval
     sign_free: float
-    held_out: float
+    on_held_out: Interval
     rules: tuple[Rule, ...]
+
+    @property
+    def held_out(self) -> float:
+        """The AUROC on held-out rows, without its interval."""
+        return self.on_held_out.value
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomRow:
-    """Random directions at one site: mean, quantiles (2.5, 25, 50, 75 and 97.5 %) and greatest of their AUROCs."""
+    """Random directions at one site: the mean of their AUROCs, their quantiles and the greatest.
+
+    ``mean`` has the interval that comes of the rows; the ``quantiles`` (2.5, 25, 50, 75 and 97.5 %) and ``most`` say
+    how the ``count`` directions differ on these rows. ``on_held_out`` and ``rules`` are as in ``Row``, of the mean.
+    """
 
     feature: str
     source: str
     target: str
     site: int
     which: Filter
-    mean: float
+    mean: Interval
     quantiles: tuple[float, ...]
     most: float
     count: int
+    on_held_out: Interval
+    rules: tuple[Rule, ...]
 
 
 @final
@@ -185,10 +197,13 @@ def run_transfers(
         job.fit(name)
         told.advance(1)
     told.end()
+    told.start("test", len(pools) * len(names), "probes")
     for source, target in pools:
         job.output(source, target)
         for feature, probe in names:
             job.test(feature, probe, source, target)
+            told.advance(1)
+    told.end()
     return job.result()
 
 
@@ -213,20 +228,22 @@ class _Job:
                     )
         if not 0 < held_out < 1:
             raise InputError(f"the held-out share lies between 0 and 1, got {held_out}")
+        if seed < 0:
+            raise InputError(f"the seed is 0 or more, got {seed}")
         self._fitted, self._tested = fitted, tested
         self._rank, self._seed, self._level = rank, seed, level
         self._apart = fitted.facts.held_out(held_out, seed)
         self._groups = np.unique(
             np.char.add(fitted.facts.base, np.where(fitted.facts.alice_speaks, "A", "B")), return_inverse=True
         )[1]
-        self._places = tested.facts.places
+        self._places, self._fitted_places = tested.facts.places, fitted.facts.places
         self._probes: dict[Name, Probe] = {}
-        self._within: dict[Name, float] = {}
+        self._within: dict[Name, Interval] = {}
         self._rows: list[Row] = []
         self._random: list[RandomRow] = []
         self._sites: dict[tuple[str, str, str, str], dict[Rule, int]] = {}
         self._skipped: dict[str, None] = {}
-        self._shared: dict[tuple[str, str, int], Whitening] = {}
+        self._shared: dict[tuple[str, str, int, Whitens], Whitening] = {}
 
     def sites_of(self, feature: Feature) -> tuple[int, ...]:
         """Return the sites that both extractions have."""
@@ -238,33 +255,42 @@ class _Job:
         facts = self._fitted.facts
         pool = facts.pool(source)
         rows, apart = pool & ~self._apart, pool & self._apart
-        for part in (rows, apart):
+        for part, what in ((rows, "to fit on"), (apart, "held out to choose sites by")):
             if not facts.label[part].any() or facts.label[part].all():
-                self._skipped[f"{source}: its rows to fit on, or those held out, are of one label alone"] = None
+                told = "all of one label" if part.any() else "none"
+                self._skipped[f"{source}: its rows {what} are {told} ({int(part.sum())}); extract more rows"] = None
                 return
         x = self._fitted.features[feature][site]
-        made = make_probe(
-            probe,
-            Making(
-                rank=self._rank if x.shape[-1] > WIDE else None,
-                seed=self._seed,
-                groups=self._groups[rows],
-                shared=self._whitening(x[rows], name) if kind_of(probe).whitens and x.shape[-1] > WIDE else None,
-            ),
+        wide, whitens = x.shape[-1] > WIDE, kind_of(probe).whitens
+        own = x[rows]
+        making = Making(
+            rank=self._rank if wide else None,
+            seed=self._seed,
+            groups=self._groups[rows],
+            shared=self._whitening(own, name, whitens) if wide and whitens is not None else None,
         )
-        made.fit(x[rows], facts.label[rows])
-        made.resolve_sign(x[rows], facts.label[rows])
-        scores = made.log_odds(x[apart])
-        scores = scores if scores.ndim == 2 else scores[:, None]
-        self._within[name] = float(column_aurocs(facts.label[apart], scores).mean())
+        made = make_probe(probe, making)
+        made.fit(own, facts.label[rows])
+        made.resolve_sign(own, facts.label[rows])
+        self._within[name] = self._auroc(facts.label[apart], made.log_odds(x[apart]), self._fitted_places[apart])
         self._probes[name] = made
 
-    def _whitening(self, x: Array, name: Name) -> Whitening:
+    def _auroc(self, truth: Array, scores: Array, places: Array) -> Interval:
+        """Return the AUROC of scores [n], or the mean one of several [n, k]."""
+        if scores.ndim == 1:
+            return clustered_auroc(truth, scores, places, level=self._level)
+        return clustered_mean_auroc(truth, column_placements(truth, scores), places, level=self._level)
+
+    def _whitening(self, x: Array, name: Name, how: Whitens) -> Whitening:
+        """Return the whitening of vectors that several probes are fitted on; only those of one site are kept."""
         feature, _, source, site = name
-        if (feature, source, site) not in self._shared:
-            flat = x.reshape(len(x), -1).astype(np.float64)
-            self._shared = {(feature, source, site): fit_whitening(flat, self._rank)}
-        return self._shared[feature, source, site]
+        if any(key[:3] != (feature, source, site) for key in self._shared):
+            self._shared = {}
+        key = (feature, source, site, how)
+        if key not in self._shared:
+            rows = len(x) * (x.shape[1] if how == "answers" else 1)
+            self._shared[key] = fit_whitening(x.reshape(rows, -1).astype(np.float64), self._rank)
+        return self._shared[key]
 
     def output(self, source: str, target: str) -> None:
         """Test the model's own answer."""
@@ -284,7 +310,7 @@ class _Job:
                     which=which,
                     auroc=found,
                     sign_free=math.nan,
-                    held_out=math.nan,
+                    on_held_out=undefined("none"),
                     rules=(),
                 )
             )
@@ -294,18 +320,17 @@ class _Job:
         sites = [site for site in self.sites_of(feature) if (feature, probe, source, site) in self._probes]
         if not sites:
             return
-        random = probe == "random"
-        chosen = {} if random else self._choose(feature, probe, source, target, sites)
-        if chosen:
-            self._sites[feature, probe, source, target] = chosen
+        if probe == "random":
+            for site in sites:
+                self._test_random(feature, source, target, site, sites)
+            return
+        chosen = self._choose(feature, probe, source, target, sites)
+        self._sites[feature, probe, source, target] = chosen
         pool = self._tested.facts.pool(target)
         for site in sites:
             made = self._probes[feature, probe, source, site]
             scores = np.full(len(pool), np.nan)
             x = self._tested.features[feature][site]
-            if random:
-                self._test_random(made, x, feature, source, target, site)
-                continue
             scores[pool] = made.log_odds(x[pool])
             for which in FILTERS:
                 rows = pool & self._tested.facts.where(which)
@@ -323,18 +348,22 @@ class _Job:
                         which=which,
                         auroc=found,
                         sign_free=free,
-                        held_out=self._within[feature, probe, source, site],
+                        on_held_out=self._within[feature, probe, source, site],
                         rules=tuple(rule for rule, at in chosen.items() if at == site),
                     )
                 )
 
-    def _test_random(self, made: Probe, x: Array, feature: str, source: str, target: str, site: int) -> None:
-        facts = self._tested.facts
+    def _test_random(self, feature: Feature, source: str, target: str, site: int, sites: Sequence[int]) -> None:
+        facts, name = self._tested.facts, (feature, "random", source, site)
         pool = facts.pool(target)
-        scores = made.log_odds(x[pool])
+        scores = self._probes[name].log_odds(self._tested.features[feature][site][pool])
+        within = {at: self._within[feature, "random", source, at].value for at in sites}
+        chosen: dict[Rule, int] = {"earliest": earliest(within), "best": best(within)}
         for which in FILTERS:
             rows = facts.where(which)[pool]
-            aurocs = column_aurocs(facts.alice[pool][rows], scores[rows])
+            truth = facts.alice[pool][rows]
+            placed = column_placements(truth, scores[rows])
+            aurocs = placed[truth].mean(axis=0) if truth.any() and not truth.all() else np.full(placed.shape[1], np.nan)
             self._random.append(
                 RandomRow(
                     feature=feature,
@@ -342,15 +371,17 @@ class _Job:
                     target=target,
                     site=site,
                     which=which,
-                    mean=float(aurocs.mean()),
+                    mean=clustered_mean_auroc(truth, placed, self._places[pool][rows], level=self._level),
                     quantiles=tuple(np.quantile(aurocs, _QUANTILES).tolist()),
                     most=float(aurocs.max()),
                     count=len(aurocs),
+                    on_held_out=self._within[name],
+                    rules=tuple(rule for rule, at in chosen.items() if at == site),
                 )
             )
 
     def _choose(self, feature: Feature, probe: str, source: str, target: str, sites: Sequence[int]) -> dict[Rule, int]:
-        within = {site: self._within[feature, probe, source, site] for site in sites}
+        within = {site: self._within[feature, probe, source, site].value for site in sites}
         chosen: dict[Rule, int] = {"earliest": earliest(within)}
         facts = self._fitted.facts
 
