@@ -8,17 +8,14 @@ from typing import Final
 import numpy as np
 
 from exegete.metrics import Interval, Observed
-from exegete.metrics.clustered import FIRING, Documents, t_of
-from exegete.metrics.failures import marked
-from exegete.metrics.inputs import clamped, expit, undefined
-from exegete.metrics.placing import components, ranked
-from exegete.metrics.proportions import score_bounds
+from exegete.metrics.clustered import Documents
+from exegete.metrics.inputs import undefined
+from exegete.metrics.placing import components, of_placements, ranked
 from exegete.streams import stream
 from exegete.types import Array
 
 DRAWS: Final = 1000
 _AT_ONCE: Final = 1 << 22
-_TINY: Final = 1e-15
 
 
 def clustered_auroc(truth: Array, score: Array, place: Array, *, level: float = 0.95) -> Interval:
@@ -66,23 +63,10 @@ def clustered_mean_auroc(truth: Array, placed: Array, place: Array, *, level: fl
     The placements of a row are averaged over the scores: to first order the error of the mean AUROC is that of these,
     clustered by base example as in ``clustered_auroc``. How the scores differ from one another is no part of it.
     """
-    method = "cr2-logit-delong"
     documents = Documents.of(truth, place)
     if not documents.totals.all():
-        return undefined(method)
-    values = placed.mean(axis=1)
-    value = float(documents.means(values)[FIRING])
-    variance = float((documents.shares(values).sum(axis=1) ** 2).sum())
-    quantile = t_of(level, documents.freedom(np.ones(2)))
-    if documents.held.min() < 2:
-        low, high = 0.0, 1.0
-    elif variance <= _TINY or not 0.0 < value < 1.0:
-        low, high = score_bounds(value, float(documents.totals.min()), quantile)
-        method = "wilson-smaller-class"
-    else:
-        centre, half = np.log(value / (1.0 - value)), quantile * np.sqrt(variance) / (value * (1.0 - value))
-        low, high = expit(centre - half), expit(centre + half)
-    return marked(clamped(value, low, high, method, len(truth)), documents.n, documents.fewest)
+        return undefined("cr2-logit-delong")
+    return of_placements(placed.mean(axis=1), documents, level=level)
 
 
 def resampled(place: Array, draws: int, seed: int) -> Array:

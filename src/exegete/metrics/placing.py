@@ -52,9 +52,16 @@ def _interval(known: Observed, level: float) -> Interval:
         return undefined(_METHOD)
     if not documents.repeat:
         return failures.marked(auroc(known.truth, known.score, level=level), documents.n, documents.fewest)
-    values = components(known.truth, known.score)
-    value = float(documents.means(values)[FIRING])
-    shares = documents.shares(values).sum(axis=1)
+    return of_placements(components(known.truth, known.score), documents, level=level)
+
+
+def of_placements(placed: Array, documents: Documents, *, level: float = 0.95) -> Interval:
+    """Return the AUROC of placements [n] among the other class, or the mean one of their mean over several scores.
+
+    The interval is as in ``ranked``. To first order the error of a mean AUROC is that of the mean placements.
+    """
+    value = float(documents.means(placed)[FIRING])
+    shares = documents.shares(placed).sum(axis=1)
     quantile = t_of(level, documents.freedom(np.ones(2)))
     variance, method = float(shares @ shares), _METHOD
     if documents.held.min() < 2:
@@ -65,4 +72,4 @@ def _interval(known: Observed, level: float) -> Interval:
     else:
         centre, half = math.log(value / (1.0 - value)), quantile * math.sqrt(variance) / (value * (1.0 - value))
         low, high = expit(centre - half), expit(centre + half)
-    return failures.marked(clamped(value, low, high, method, len(known)), documents.n, documents.fewest)
+    return failures.marked(clamped(value, low, high, method, len(placed)), documents.n, documents.fewest)
