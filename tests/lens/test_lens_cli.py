@@ -126,6 +126,18 @@ def test_show_generate_and_convert(
         (["show", "{model}", "--prompt-file", "{tmp}/none"], "cannot be read"),
         (["show", "{model}", "--prompt", "x", "--out", "{tmp}/a.pdf"], "a picture is"),
         (["show", "{tmp}/none", "--prompt", "x"], "there is no folder"),
+        (["show", "{model}", "--prompt", ""], "the prompt is empty"),
+        (["show", "{model}", "--prompt", "x", "--top", "0"], "at least one of the likeliest tokens"),
+        (["show", "{model}", "--prompt", "x", "--out", "{tmp}/a.html", "{tmp}/b.pdf"], "a picture is"),
+        (["show", "{model}", "--prompt", "x", "--out", "{tmp}/a.html", "{tmp}/a.html"], "asked for twice"),
+        (["show", "{model}", "--prompt", "x", "--out", "{tmp}/a.html", "{text}/b.svg"], "is a file, not a folder"),
+        (["show", "{model}", "--prompt", "x " * 500, "--out", "{tmp}/a.html", "{tmp}/b.png"], "holds at most 500"),
+        (["evaluate", "{model}", "--text", "{text}", "--tokens", "0"], "at least one token is measured"),
+        (["train", "{model}", "--out", "{tmp}/a", "--text", "{text}", "--test-share", "1"], "lies between 0 and 1"),
+        (
+            ["train", "{model}", "--out", "{tmp}/a", "--text", "{text}", "--packing", "--attend", "document"],
+            "as a whole",
+        ),
         (["generate", "{model}", "--prompt", "x", "--sites", "first"], "sites are all, blocks, last"),
         (["latents", "{tmp}", "all"], "is not a run folder"),
     ],
@@ -137,3 +149,10 @@ def test_bad_input_is_one_line(
     with pytest.raises(ExegeteError, match=said) as caught:
         cli(*filled)
     assert "\n" not in str(caught.value)
+    # Nothing is written before all is checked; only how much text there is takes reading it.
+    assert not any(tmp_path.iterdir()) or "--no-repeat" in arguments
+
+
+def test_a_lens_is_measured_once(trained: Path, llama_folder: Path, lens_text_file: Path) -> None:
+    with pytest.raises(InputError, match="given twice"):
+        cli("evaluate", llama_folder, "--lens", trained, trained, "--text", lens_text_file, "--row-length", 32)

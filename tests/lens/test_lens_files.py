@@ -179,12 +179,46 @@ def test_a_model_in_bfloat16_takes_the_lens_of_its_float32_self(
     from exegete.subjects import load_subject
 
     save_lens(trained(llama), tmp_path)
-    load_lens(tmp_path, load_subject(str(llama_folder), device="cpu", dtype="bfloat16"))
+    for dtype in ("bfloat16", "float16"):
+        load_lens(tmp_path, load_subject(str(llama_folder), device="cpu", dtype=dtype))
+
+
+def test_an_unembedding_that_moved_by_more_than_one_per_cent_is_another(
+    trained: Make, llama_folder: Path, tmp_path: Path
+) -> None:
+    from exegete.subjects import load_subject
+
+    subject = load_subject(str(llama_folder), device="cpu")
+    save_lens(trained(subject), tmp_path)
+    weight = subject.model.get_output_embeddings().weight
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * weight.std()
+    with torch.no_grad():
+        weight += 0.003 * noise  # about what a load in bfloat16 rounds away
+        load_lens(tmp_path, subject)
+        weight += 0.05 * noise
+    with pytest.raises(MismatchError, match="whose unembedding is another"):
+        load_lens(tmp_path, subject)
+
+
+def test_weights_that_are_not_there_are_missed(trained: Make, llama: Subject, tmp_path: Path) -> None:
+    save_lens(trained(llama), tmp_path)
+    (tmp_path / "lens.safetensors").unlink()
+    with pytest.raises(NotFoundError, match=r"lacks its lens\.safetensors"):
+        load_lens(tmp_path, llama)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"sites": [0, 99]}, "names sites that"), ({"sites": "all"}, "names sites that"), ({"d": None}, "is for .* None")],
+    [
+        ({"sites": [0, 99]}, "names sites that"),
+        ({"sites": "all"}, "names sites that"),
+        ({"sites": []}, "names no site"),
+        ({"sites": [0, 0]}, "names no site, or one twice"),
+        ({"d": None}, "is for .* None"),
+        ({"d": "9" * 5000, "subject": "a\nb\x1b[31m"}, "^[^\n\x1b]{1,700}$"),
+        ({"fingerprint": ["x"] * 32}, "another than that of"),
+        ({"fingerprint": [float("1e308")] * 32, "subject": "a\nb"}, "^[^\n]+$"),
+    ],
 )
 def test_a_manifest_that_says_what_cannot_be_is_refused(
     trained: Make, changes: dict[str, object], said: str, llama: Subject, tmp_path: Path
@@ -200,3 +234,16 @@ def test_a_manifest_that_says_what_cannot_be_is_refused(
     write_manifest(tmp_path / "lens.json", data)
     with pytest.raises(CorruptError, match="lacks fields"):
         load_lens(tmp_path, llama)
+
+
+@pytest.mark.parametrize("size", [0, 10, 5000])
+def test_a_checkpoint_cut_short_is_one_line(size: int, tmp_path: Path) -> None:
+    from exegete.lens.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+
+    held = {"tuned/0": torch.zeros(3000)}
+    found = Checkpoint(step=1, epoch=0, place=0, translators=held, optimizers={}, best={}, first={}, last={})
+    write_checkpoint(tmp_path, {}, found)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CorruptError, match="remove it to train from the start"):
+        read_checkpoint(tmp_path, {})

@@ -79,6 +79,22 @@ def test_what_cannot_be_read_is_refused(llama: Subject, subject: Subject, coder:
         latent_tokens(LogitLens(subject), coder, [64])
 
 
+def test_controls_go_by_their_own_names_and_are_not_among_all(
+    run: Run, subject: Subject, coder: SparseCoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from exegete.preparing import Loader
+
+    # The coder on a randomised model has the name that it has on the model itself.
+    monkeypatch.setattr(Run, "coders", lambda self: ("res", "res@random-subject"))
+    monkeypatch.setattr(Run, "store", lambda self, name: coder)
+    monkeypatch.setattr(Loader, "coder", lambda self, name: coder)
+    monkeypatch.setattr(Loader, "subject", lambda self, name: subject)
+    label_run(run, ["all", "res@random-subject/3"], k=1, out=tmp_path / "t.csv")
+    rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
+    assert [(r["coder"], r["latent"]) for r in rows if r["coder"] != "res"] == [("res@random-subject", "3")] * 2
+    assert len([r for r in rows if r["coder"] == "res"]) == 2 * coder.width
+
+
 def test_the_latents_of_a_run_as_a_table(run: Run, toy_folder: Path, tmp_path: Path) -> None:
     # A run collected by hand names its coders, not where they lie.
     text = (run.folder / "config.yaml").read_text()
@@ -97,6 +113,22 @@ def test_the_latents_of_a_run_as_a_table(run: Run, toy_folder: Path, tmp_path: P
     assert {row["effect"] for row in rows} == {"promotes", "suppresses"}
     label_run(run, ["res/all"], k=2, out=tmp_path / "t.json")
     assert len(json.loads((tmp_path / "t.json").read_text())) == 64
+    from exegete.types import Explanation, LatentId
+
+    spec = {"name": "rule", "args": {}}
+    with run.results(readonly=False) as results:
+        results.add_explanation(
+            Explanation(latent=LatentId(coder="res", index=9), text="Fires on a\nline.", status="ok", explainer=spec),
+            "k",
+        )
+    lines = label_run(run, ["res/3", "res/9"], k=2)
+    assert len(lines) == 3
+    assert lines[2] == "    rule: Fires on a↵line."
+    label_run(run, ["res/9"], k=2, out=tmp_path / "t.json")
+    (one,) = json.loads((tmp_path / "t.json").read_text())
+    assert one["explanations"] == [{"explainer": "rule", "text": "Fires on a\nline."}]
+    with pytest.raises(InputError, match="at least one token of each kind"):
+        label_run(run, ["res/9"], k=0)
     with pytest.raises(NotFoundError, match="unknown coder 'other'"):
         label_run(run, ["other/1"])
     with pytest.raises(InputError, match="res/0 to res/63 or res/all"):

@@ -10,7 +10,7 @@ import torch
 
 from exegete.errors import InputError, MismatchError, NotFoundError
 from exegete.lens import LogitLens, TunedLens, new_lens
-from exegete.lens.translators import StateMap, Translator
+from exegete.lens.translators import Moments, StateMap, Translator
 from exegete.subjects import Subject
 from exegete.subjects.sites import residuals
 
@@ -67,7 +67,9 @@ def test_a_direction_is_translated_without_the_bias(trained: Make, llama: Subjec
 def test_a_state_map_is_a_linear_map_of_the_standardised_state(rank: int | None) -> None:
     own = StateMap(5, 3, rank=rank, seed=1)
     states = torch.tensor([[1.0, 2, 3, 4, 7], [3.0, 2, 1, 0, 7]])
-    own.standardise(states)
+    seen = Moments()
+    seen.add(states)
+    own.standardise(seen)
     assert not own(states).any()
     with torch.no_grad():
         (own.full if rank is None else own.up).fill_(0.5)
@@ -77,6 +79,17 @@ def test_a_state_map_is_a_linear_map_of_the_standardised_state(rank: int | None)
     torch.testing.assert_close(own(states), x @ matrix.T)
     with pytest.raises(MismatchError, match="states of 5 numbers, got 4"):
         own(states[:, :4])
+
+
+def test_moments_of_blocks_are_those_of_all_rows() -> None:
+    rows = torch.randn(17, 4, generator=torch.Generator().manual_seed(0)).double() * torch.tensor([1e-3, 1, 50, 0]) + 7
+    seen = Moments()
+    for start, stop in ((0, 1), (1, 9), (9, 17)):
+        seen.add(rows[start:stop])
+    assert seen.n == 17
+    torch.testing.assert_close(seen.mean, rows.mean(dim=0))
+    torch.testing.assert_close(seen.spread, rows.std(dim=0, correction=0))
+    torch.testing.assert_close(seen.largest, rows.abs().amax(dim=0))
 
 
 def test_a_state_aware_translator_asks_for_the_state() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from exegete.lens import LensConfig, train_lens
+    from exegete.lens.lens import default_sites
     from exegete.lens.report import training_lines
+    from exegete.lens.states import StateReader
+    from exegete.lens.text import require_settings
     from exegete.subjects.sites import parse_sites
 
     config = LensConfig(
@@ -58,11 +62,16 @@ def _train(options: argparse.Namespace) -> int:
     )
     settings = _settings(options)
     _require_text(settings)
+    require_settings(settings.corpus, validation_share=options.validation_share, test_share=options.test_share)
+    if options.checkpoint_every < 1:
+        raise ConfigError(f"checkpoint_every is at least 1, got {options.checkpoint_every}")
     subject = _subject(options, settings)
+    sites = None if options.sites is None else parse_sites(options.sites, subject)
+    if options.state:
+        StateReader(subject, default_sites(subject) if sites is None else sites)  # refused before text is read
     text = _text(
         settings, subject, options.out / "corpus", validation=options.validation_share, test=options.test_share
     )
-    sites = None if options.sites is None else parse_sites(options.sites, subject)
     trained = train_lens(
         subject,
         text,
@@ -75,8 +84,9 @@ def _train(options: argparse.Namespace) -> int:
     )
     say("\n".join(training_lines(trained, config.loss)))
     say(f"lens: {options.out}" + (f", with the state: {options.out / 'state'}" if options.state else ""))
-    folders = f"{options.out} {options.out / 'state'}" if options.state else str(options.out)
-    say(f"next: exegete lens evaluate {options.subject} --lens {folders} --text {' '.join(settings.corpus.text)}")
+    folders = [str(options.out), *([str(options.out / "state")] if options.state else [])]
+    words = [options.subject, "--lens", *folders, "--text", *settings.corpus.text]
+    say(f"next: exegete lens evaluate {shlex.join(words)}")
     return 0
 
 
@@ -131,13 +141,18 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from exegete.lens import prediction_trajectory
     from exegete.lens.report import trajectory_lines
+    from exegete.lens.trajectory import check_pictures
     from exegete.subjects.sites import parse_sites
 
     settings = _settings(options)
+    text = _prompt_text(options)
+    check_pictures(options.out, 0)
     subject = _subject(options, settings)
     lens = _one_lens(subject, options.lens)
     sites = None if options.sites is None else parse_sites(options.sites, subject)
-    found = prediction_trajectory(lens, _prompt(options, subject), sites=sites, k=options.top)
+    tokens = _prompt(options, subject, text)
+    check_pictures(options.out, len(tokens))
+    found = prediction_trajectory(lens, tokens, sites=sites, k=options.top)
     for path in options.out:
         found.write(path, options.colour)
         say(f"picture: {path}")
@@ -152,10 +167,11 @@ def _generate(options: argparse.Namespace) -> int:
     from exegete.subjects.sites import parse_sites
 
     settings = _settings(options)
+    text = _prompt_text(options)
     subject = _subject(options, settings)
     lens = _one_lens(subject, options.lens)
     sites = lens.sites if options.sites is None else parse_sites(options.sites, subject)
-    tokens = _prompt(options, subject)
+    tokens = _prompt(options, subject, text)
     for site in sites:
         made = generate_from_site(
             lens,
@@ -267,13 +283,14 @@ def _lenses(subject: Subject, folders: list[Path]) -> dict[str, Lens]:
     """Return the logit lens and those in folders by their kind, several of one kind by their folders as well."""
     from exegete.lens import LogitLens, load_lens
 
-    loaded = [(folder, load_lens(folder, subject)) for folder in folders]
-    found: dict[str, Lens] = {"logit": LogitLens(subject)}
-    for folder, lens in loaded:
-        name = lens.kind if lens.kind not in found else f"{lens.kind} {folder}"
-        if name in found:
+    places = [folder.resolve() for folder in folders]
+    for number, folder in enumerate(folders):
+        if places[number] in places[:number]:
             raise InputError(f"the lens {str(folder)!r} is given twice")
-        found[name] = lens
+    found: dict[str, Lens] = {"logit": LogitLens(subject)}
+    for folder in folders:
+        lens = load_lens(folder, subject)
+        found[lens.kind if lens.kind not in found else f"{lens.kind} {folder}"] = lens
     return found
 
 
@@ -310,18 +327,25 @@ def _split(options: argparse.Namespace, text: list[str]) -> tuple[dict[str, Any]
     return found, known
 
 
-def _prompt(options: argparse.Namespace, subject: Subject) -> list[int]:
-    """Return the prompt's ids, BOS first where the tokenizer has one."""
-    from exegete.store.encoding import TextEncoder
-
+def _prompt_text(options: argparse.Namespace) -> str:
+    """Return the prompt. Raises InputError when there is none, two, or nothing but emptiness."""
     if (options.prompt is None) == (options.prompt_file is None):
         raise InputError("give the prompt with --prompt TEXT or --prompt-file FILE")
-    text = options.prompt
+    text: str | None = options.prompt
     if text is None:
         try:
             text = options.prompt_file.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise InputError(f"{options.prompt_file} cannot be read: {error.strerror}") from error
+    if not text:
+        raise InputError("the prompt is empty; give some text")
+    return text
+
+
+def _prompt(options: argparse.Namespace, subject: Subject, text: str) -> list[int]:
+    """Return the prompt's ids, BOS first where the tokenizer has one."""
+    from exegete.store.encoding import TextEncoder
+
     ids = TextEncoder(subject.tokenizer).encode([text])[0]
     return ids if options.no_bos or subject.bos is None else [subject.bos, *ids]
 

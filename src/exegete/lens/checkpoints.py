@@ -53,7 +53,7 @@ def read_checkpoint(folder: Path, key: Mapping[str, Any]) -> Checkpoint | None:
         fields = {name: data[name] for name in Checkpoint.__slots__}
         same = data["format"] == _FORMAT
         stored = str(data["key"])
-    except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError, ValueError) as error:
+    except (RuntimeError, OSError, pickle.UnpicklingError, KeyError, TypeError, EOFError, ValueError) as error:
         raise CorruptError(
             f"{path} cannot be read ({type(error).__name__}); remove it to train from the start"
         ) from error

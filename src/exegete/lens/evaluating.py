@@ -137,7 +137,7 @@ def evaluate_lenses(
         text: The text. A corpus is split by the seed.
         part: ``test``, ``validation``, ``train`` or ``all``.
         sites: Where; by default the sites that all lenses have, without the model's own output.
-        tokens: Most predictions; more are thinned out by whole rows, drawn by ``seed``.
+        tokens: Most predictions, at least one; more are thinned out by whole rows, drawn by ``seed``.
         transfer: Take the transfer matrix of every tuned lens, the logit lens being the same at every site, and states
             fitting their own. Costs sites² readouts.
         level: Of the intervals.
@@ -150,6 +150,8 @@ def evaluate_lenses(
     """
     if not lenses:
         raise InputError("give at least one lens to measure")
+    if tokens is not None and tokens < 1:
+        raise InputError(f"at least one token is measured, got {tokens}")
     subject = next(iter(lenses.values())).subject
     if any(lens.subject is not subject for lens in lenses.values()):
         raise MismatchError("the lenses are of several subjects; measure each subject by itself")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
+from exegete.analysis.visible import visible_line
 from exegete.coders.weights import tensors
 from exegete.errors import CorruptError, InputError, MismatchError, NotFoundError
 from exegete.files import atomic_file, hash_file, read_json, write_json
@@ -160,9 +161,13 @@ def _load_own(place: Path, subject: Subject) -> TunedLens:
     _require_shape(place, subject, d=data["d"], blocks=data["blocks"], made_for=data["subject"])
     sites = data["sites"]
     if not isinstance(sites, list) or not all(type(s) is int and -1 <= s < n_blocks(subject) for s in sites):
-        raise CorruptError(f"{place / _MANIFEST} names sites that {subject.name} does not have: {sites!r:.80}")
+        raise CorruptError(f"{place / _MANIFEST} names sites that {subject.name} does not have: {repr(sites)[:80]}")
+    if not sites or len(set(sites)) < len(sites):
+        raise CorruptError(f"{place / _MANIFEST} names no site, or one twice: {repr(sites)[:80]}")
     if not _alike(data["fingerprint"], _fingerprint(readout)):
         raise _other_unembedding(place, subject, data["subject"])
+    if not (place / _WEIGHTS).is_file():
+        raise NotFoundError(f"the lens in {place} lacks its {_WEIGHTS}; copy the folder whole, or train it again")
     if hash_file(place / _WEIGHTS) != data["weights"]:
         raise CorruptError(f"{place / _WEIGHTS} is damaged: its checksum is wrong; train or convert the lens again")
     held = tensors(place / _WEIGHTS)
@@ -181,7 +186,7 @@ def _load_package(place: Path, subject: Subject, first_site: int | None) -> Tune
     if not isinstance(config, dict) or not {"d_model", "num_hidden_layers"} <= set(config):
         raise NotFoundError(f"there is no lens in {place}: its {_CONFIG} does not name d_model and num_hidden_layers")
     if config.get("lens_type", _TYPE) != _TYPE:
-        raise InputError(f"{place} holds a lens of type {config['lens_type']!r}; {_TYPE} is read")
+        raise InputError(f"{place} holds a lens of type {_shown(config['lens_type'])!r}; {_TYPE} is read")
     readout = read_out(subject)
     d = int(readout.unembedding.shape[1])
     made_for = str(config.get("base_model_name_or_path"))
@@ -255,16 +260,22 @@ def _require_shape(place: Path, subject: Subject, *, d: Any, blocks: Any, made_f
     want = {"d_model": d, "blocks": have["blocks"] if blocks is None else blocks}
     if have != want:
         raise MismatchError(
-            f"the lens in {place} is for {made_for} with {want['blocks']} blocks of {want['d_model']} dimensions; "
+            f"the lens in {place} is for {_shown(made_for)} with {_shown(want['blocks'])} blocks of "
+            f"{_shown(want['d_model'])} dimensions; "
             f"{subject.name} has {have['blocks']} of {have['d_model']}"
         )
 
 
 def _other_unembedding(place: Path, subject: Subject, made_for: str) -> MismatchError:
     return MismatchError(
-        f"the lens in {place} was made for {made_for}, whose unembedding is another than that of {subject.name}; "
-        f"train one for this model"
+        f"the lens in {place} was made for {_shown(made_for)}, whose unembedding is another than that of "
+        f"{subject.name}; train one for this model"
     )
+
+
+def _shown(value: Any) -> str:
+    """Return something out of a file that anybody may have written, fit for one line of a terminal."""
+    return visible_line(str(value)[:200])
 
 
 @torch.no_grad()

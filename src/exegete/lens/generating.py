@@ -8,15 +8,16 @@ import torch
 
 from exegete.errors import InputError
 from exegete.lens.reading import require_room
-from exegete.lens.states import StateReader
-from exegete.lens.text import Batch
+from exegete.lens.states import StateReader, state_numbers
 from exegete.streams import stream
+from exegete.subjects.running import Running
 from exegete.subjects.sites import residuals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from exegete.lens.lens import Lens
+    from exegete.subjects.recurrent_state import State
 
 
 def generate_from_site(
@@ -32,7 +33,7 @@ def generate_from_site(
     """Return up to ``n`` tokens that follow ``tokens`` where each is what the lens of a site predicts.
 
     What was generated is read again for every token, up to the site and no further, which is exact in every family; the
-    time grows with the square of the length.
+    time grows with the square of the length. The state that a state-aware lens reads is carried on.
 
     Args:
         lens: Any lens.
@@ -53,8 +54,7 @@ def generate_from_site(
         raise InputError(f"n is at least 1 and the temperature at least 0, got {n} and {temperature}")
     require_room(lens.subject, len(tokens) + n - 1)  # the last token written is not read
     draws = stream(seed, "lens generate", site)
-    reader = StateReader(lens.subject, (site,)) if lens.reads_state(site) else None
-    row = _Row(lens, site, reader)
+    row = _Row(lens, site)
     made: list[int] = []
     with torch.no_grad():
         while len(made) < n:
@@ -74,17 +74,23 @@ def generate_from_site(
 class _Row:
     """One text read at a site."""
 
-    def __init__(self, lens: Lens, site: int, reader: StateReader | None) -> None:
-        self._lens, self._site, self._reader = lens, site, reader
+    def __init__(self, lens: Lens, site: int) -> None:
+        self._lens, self._site = lens, site
+        self._running: Running | None = None
+        if lens.reads_state(site):
+            StateReader(lens.subject, (site,))  # refuses a subject that cannot be run on from its state
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Return what the lens predicts after the last of the tokens, [V]."""
+        """Return what the lens predicts after the last of the tokens, [V]; they begin with those of the call before."""
         tokens = torch.tensor([list(ids)])
         h = residuals(self._lens.subject, tokens, (self._site,))[self._site][:, -1]
-        state = None
-        if self._reader is not None:
-            keep = torch.zeros(tokens.shape, dtype=torch.bool)
-            keep[0, -1] = True
-            batch = Batch(tokens=tokens, keep=keep, labels=tokens[0, -1:], documents=tokens[0, -1:].numpy())
-            state = self._reader.read(batch)[self._site]
+        state = state_numbers(self._state(tokens), self._site) if self._lens.reads_state(self._site) else None
         return self._lens.logits(self._site, h, state)[0]
+
+    def _state(self, tokens: torch.Tensor) -> State:
+        """Return the state after the last of the tokens; what was read before goes on from where it is."""
+        if self._running is None:
+            self._running = Running.start(self._lens.subject, tokens)
+        else:
+            self._running.feed(tokens[:, self._running.tokens.shape[1] :])
+        return self._running.state()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exegete.analysis.visible import visible_token
+from exegete.analysis.visible import visible_line, visible_token
 from exegete.errors import InputError, unknown
 from exegete.files import write_json, write_text
 from exegete.lens.latents import LatentTokens, latent_tokens
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from exegete.tokens import TokenTable
 
 _PRINTED = 5
+_Said = dict[tuple[str, int], list[tuple[str, str]]]
 
 
 def label_run(
@@ -33,9 +34,11 @@ def label_run(
 ) -> list[str]:
     """Write a table of the tokens that latents of a run promote and suppress, or return it as lines.
 
+    The explanations that the run holds of a latent stand beside its tokens, in the lines and in .json.
+
     Args:
         run: The run, or its folder.
-        latents: ``CODER/INDEX``, ``CODER/all``, or ``all``.
+        latents: ``CODER/INDEX``, ``CODER/all``, or ``all``: those of all coders but controls, which are to be named.
         lens: Folder of a tuned lens; by default the logit lens reads.
         site: Where they are read; by default the site of each coder.
         k: Tokens of each kind.
@@ -72,14 +75,15 @@ def label_run(
         table_of = subject.token_table()
         shown.start(f"label {coder}", len(indices), "latents")
         for one in latent_tokens(reads, loader.coder(coder), indices, site=site, k=k):
-            found.append(one)
+            found.append(dataclasses.replace(one, coder=coder))  # a control's coder may have the name of its model
             shown.advance(1)
         shown.end()
     texts = () if table_of is None else table_of.texts
+    said = {} if path is not None and path.suffix == ".csv" else _explanations(made, wanted)
     if path is None:
-        return [_line(one, texts) for one in found]
+        return [line for one in found for line in _lines(one, texts, said)]
     if path.suffix == ".json":
-        write_json(path, [_plain(one, texts) for one in found])
+        write_json(path, [_plain(one, texts, said) for one in found])
     else:
         write_text(path, table(list(_rows(found, texts))))
     return [f"{len(found)} latents: {path}"]
@@ -89,7 +93,8 @@ def _wanted(run: Run, latents: Sequence[str]) -> dict[str, list[int]]:
     """Return the indices asked for of each coder, in the order given."""
     found: dict[str, list[int]] = {}
     for text in latents:
-        coders = run.coders() if text == "all" else (text.rpartition("/")[0],)
+        own = tuple(coder for coder in run.coders() if "@" not in coder)
+        coders = own if text == "all" else (text.rpartition("/")[0],)
         index = "all" if text == "all" else text.rpartition("/")[2]
         for coder in coders:
             if coder not in run.coders():
@@ -103,11 +108,25 @@ def _wanted(run: Run, latents: Sequence[str]) -> dict[str, list[int]]:
     return {coder: list(dict.fromkeys(indices)) for coder, indices in found.items()}
 
 
+def _explanations(run: Run, coders: Iterable[str]) -> _Said:
+    """Return by latent the explanations that the run holds, each with the name of its explainer, oldest first."""
+    found: _Said = {}
+    if not (run.folder / "results.db").is_file():
+        return found
+    with run.results() as results:
+        for coder in coders:
+            for _, one in sorted(results.explanations(coder).items()):
+                if one.text is not None:
+                    known = found.setdefault((coder, one.latent.index), [])
+                    known.append((str(one.explainer.get("name")), one.text))
+    return found
+
+
 def _text(texts: Sequence[str], token: int) -> str:
     return texts[token] if token < len(texts) else f"[{token}]"
 
 
-def _plain(one: LatentTokens, texts: Sequence[str]) -> dict[str, Any]:
+def _plain(one: LatentTokens, texts: Sequence[str], said: _Said) -> dict[str, Any]:
     def pairs(kind: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
         return [{"token": token, "text": _text(texts, token), "logit": value} for token, value in kind]
 
@@ -117,6 +136,7 @@ def _plain(one: LatentTokens, texts: Sequence[str]) -> dict[str, Any]:
         "site": one.site,
         "promoted": pairs(one.promoted),
         "suppressed": pairs(one.suppressed),
+        "explanations": [{"explainer": who, "text": text} for who, text in said.get((one.coder, one.index), ())],
     }
 
 
@@ -136,9 +156,11 @@ def _rows(found: Sequence[LatentTokens], texts: Sequence[str]) -> Iterator[dict[
                 }
 
 
-def _line(one: LatentTokens, texts: Sequence[str]) -> str:
+def _lines(one: LatentTokens, texts: Sequence[str], said: _Said) -> Iterator[str]:
     def listed(pairs: Sequence[tuple[int, float]]) -> str:
         return " ".join(visible_token(_text(texts, token)) for token, _ in pairs[:_PRINTED]) or "nothing"
 
     name = f"{one.coder}/{one.index} (site {one.site})"
-    return f"{name}: promotes {listed(one.promoted)} | suppresses {listed(one.suppressed)}"
+    yield f"{name}: promotes {listed(one.promoted)} | suppresses {listed(one.suppressed)}"
+    for who, text in said.get((one.coder, one.index), ()):
+        yield f"    {who}: {visible_line(text)}"

@@ -51,10 +51,10 @@ def latent_tokens(
         coder: Whose decoder directions; it must reconstruct something of the residual stream's size.
         indices: Which latents.
         site: At which site they are read; by default that of the point the coder reconstructs.
-        k: How many tokens.
+        k: How many tokens, at least one.
 
     Raises:
-        InputError: For latents the coder does not have, or a coder that writes to no site.
+        InputError: For latents the coder does not have, a coder that writes to no site, or no tokens.
         MismatchError: For a coder of another size.
     """
     d, vocabulary = int(lens.readout.unembedding.shape[1]), int(lens.readout.unembedding.shape[0])
@@ -63,12 +63,14 @@ def latent_tokens(
             f"coder {coder.name!r} writes {coder.d_out} dimensions, the residual stream has {d}: its latents have no "
             f"direction there"
         )
+    if k < 1:
+        raise InputError(f"at least one token of each kind is listed, got {k}")
     wrong = [index for index in indices if not 0 <= index < coder.width]
     if wrong:
         raise InputError(f"coder {coder.name!r} has the latents 0 to {coder.width - 1}, got {wrong[0]}")
     at = site_of(lens.subject, coder) if site is None else site
     step = min(piece_size(lens.subject, lens.readout), 1 << 12)
-    return _read(lens, coder, list(indices), at, min(max(k, 0), vocabulary), step)
+    return _read(lens, coder, list(indices), at, min(k, vocabulary), step)
 
 
 @torch.no_grad()

@@ -103,20 +103,22 @@ def trajectory_svg(found: Trajectory, colour: Colour) -> str:
     return _svg(width, height, body, title)
 
 
-def trajectory_png(found: Trajectory, path: Path, colour: Colour) -> None:
-    """Write the picture as PNG.
-
-    Raises InputError for more tokens than one holds, MissingExtraError without matplotlib.
-    """
-    if len(found.tokens) > _MOST_COLUMNS:
-        raise InputError(
-            f"a PNG holds at most {_MOST_COLUMNS} tokens, the prompt has {len(found.tokens)}; write .html or .svg"
-        )
+def require_png(n_tokens: int) -> None:
+    """Raise InputError for more tokens than a PNG holds, MissingExtraError without matplotlib."""
+    if n_tokens > _MOST_COLUMNS:
+        raise InputError(f"a PNG holds at most {_MOST_COLUMNS} tokens, the prompt has {n_tokens}; write .html or .svg")
     try:
-        figures, patches = import_module("matplotlib.figure"), import_module("matplotlib.patches")
-        agg = import_module("matplotlib.backends.backend_agg")
+        for part in ("figure", "patches", "backends.backend_agg"):
+            import_module(f"matplotlib.{part}")
     except ImportError:
         raise MissingExtraError("writing PNG pictures", "plot") from None
+
+
+def trajectory_png(found: Trajectory, path: Path, colour: Colour) -> None:
+    """Write the picture as PNG. Raises what ``require_png`` does."""
+    require_png(len(found.tokens))
+    figures, patches = import_module("matplotlib.figure"), import_module("matplotlib.patches")
+    agg = import_module("matplotlib.backends.backend_agg")
     part, end = shares(found.values(colour), colour)
     rows, columns = part.shape
     title = visible_line(f"{found.subject} · {found.lens} lens · coloured by {TITLES[colour]}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from exegete.subjects import Subject
 
 _PASS_TOKENS = 1 << 13  # of one forward pass, at most
-_PASS_ENTRIES = 1 << 28  # of streams and states held at once: 1 GiB in float32, where one row does not take more
+_PASS_ENTRIES = 1 << 28  # of streams held at once: 1 GiB in float32, where one row does not take more
 _CPU_ENTRIES, _GPU_ENTRIES = 1 << 24, 1 << 27  # most logits of one piece
 
 
@@ -52,32 +52,35 @@ def read_pieces(
 ) -> Iterator[Piece]:
     """Yield the predictions of a batch in pieces; each row goes through the model once.
 
-    ``states`` has the states read as well. Raises InputError when a stream or logit is not finite, or when rows are
-    longer than the model reads.
+    ``states`` has the states read as well, in a second pass token by token. Raises InputError when a stream or logit is
+    not finite, or when rows are longer than the model reads.
     """
     readout, last = read_out(subject), n_blocks(subject) - 1
-    require_room(subject, batch.tokens.shape[1])
+    length = batch.tokens.shape[1]
+    require_room(subject, length)
     step = piece_size(subject, readout)
-    each = (len(sites) + 1) * int(readout.unembedding.shape[1]) + sum(() if states is None else states.sizes.values())
-    for part in batch.pieces(min(_PASS_TOKENS, _PASS_ENTRIES // each)):
+    most = min(_PASS_TOKENS, _PASS_ENTRIES // ((len(sites) + 1) * int(readout.unembedding.shape[1])))
+    for part in batch.pieces(most if states is None else min(most, states.rows * length)):
         keep = part.keep.to(subject.device)
         streams = residuals(subject, part.tokens, tuple(dict.fromkeys((*sites, last))))
         hidden = {site: stream[keep.to(stream.device)].to(subject.device) for site, stream in streams.items()}
         del streams
-        read = {} if states is None else states.read(part)
         labels = part.labels.to(subject.device)
-        for start in range(0, len(labels), step):
-            cut = slice(start, start + step)
-            target = readout.logits(hidden[last][cut]).log_softmax(dim=-1)
-            if not bool(torch.isfinite(target).all()):
-                raise InputError(f"the logits of {subject.name} hold NaN or infinity; load it in float32")
-            yield Piece(
-                hidden={site: hidden[site][cut] for site in sites},
-                states={site: state[cut] for site, state in read.items()},
-                target=target,
-                labels=labels[cut],
-                documents=part.documents[cut],
-            )
+        for places, read in [(torch.arange(len(part)), {})] if states is None else states.blocks(part):
+            for start in range(0, len(places), step):
+                cut = slice(start, start + step)
+                chosen = places[cut]
+                here = chosen.to(subject.device)
+                target = readout.logits(hidden[last][here]).log_softmax(dim=-1)
+                if not bool(torch.isfinite(target).all()):
+                    raise InputError(f"the logits of {subject.name} hold NaN or infinity; load it in float32")
+                yield Piece(
+                    hidden={site: hidden[site][here] for site in sites},
+                    states={site: state[cut] for site, state in read.items()},
+                    target=target,
+                    labels=labels[here],
+                    documents=part.documents[chosen.numpy()],
+                )
 
 
 def require_room(subject: Subject, length: int) -> None:

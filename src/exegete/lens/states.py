@@ -1,14 +1,15 @@
 """The recurrent state after every token, for lenses that read it beside the residual stream.
 
 A pass over the rows is run token by token, since models give out no states in between; that costs about as much as
-generating the text. A state is read as flat numbers. RWKV-4 carries a numerator and a denominator relative to an
-exponential; read as they are they span hundreds of orders of magnitude, so their quotient and the logarithm of the
-denominator, from which both follow, stand in their place.
+generating the text. States are far larger than streams (26 MB after every token of a Mamba of 2.8 billion parameters),
+so they are given out a block of positions at a time. A state is read as flat numbers. RWKV-4 carries a numerator and a
+denominator relative to an exponential; read as they are they span hundreds of orders of magnitude, so their quotient
+and the logarithm of the denominator, from which both follow, stand in their place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from exegete.subjects.recurrent_state import State
 
 _TINY = 1e-300
+_BLOCK_ENTRIES = 1 << 28  # of the states given out at once: 1 GiB in float32
+_CARRIED_ENTRIES = 1 << 26  # of the states that the rows of a pass carry, which are held twice while they are read
 
 
 @final
@@ -33,40 +36,73 @@ class StateReader:
         """Find out which sites have a state. Raises InputError when none has, or the model cannot be run step by step.
 
         Attributes:
-            sizes: The numbers in the state of each site that has one.
+            sites: Those that have a state.
+            sizes: The numbers in the state of each of them.
+            rows: The most rows to be read at once, so that what they carry stays within bounds.
         """
         found = verdict(subject)
         self._subject = subject
         self.sites = tuple(site for site in sites if site in found.layers)
         if found.route == "whole" or not self.sites:
-            why = "is not exact step by step" if found.layers else "carries no recurrent state"
+            why = (
+                "carries no recurrent state"
+                if found.route != "whole" or not found.layers
+                else "is not exact step by step"
+            )
             raise InputError(f"{subject.name} {why} at the sites {list(sites)}, so a state-aware lens has none to read")
         first = Running.start(subject, torch.zeros((1, 1), dtype=torch.long)).state()
-        self.sizes = {site: int(_numbers(first, site).shape[1]) for site in self.sites}
+        self.sizes = {site: int(state_numbers(first, site).shape[1]) for site in self.sites}
+        self.rows = max(1, _CARRIED_ENTRIES // sum(self.sizes.values()))
 
     @torch.no_grad()
-    def read(self, batch: Batch, sites: Sequence[int] | None = None) -> dict[int, torch.Tensor]:
-        """Return the states [n, numbers] float32 after the n predicting positions of a batch, row by row."""
-        wanted = self.sites if sites is None else tuple(sites)
-        parts: dict[int, list[torch.Tensor]] = {site: [] for site in wanted}
+    def blocks(self, batch: Batch) -> Iterator[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
+        """Yield the states after the predicting positions of a batch, a block of positions at a time.
+
+        With every block come the places [n] of its predictions among those of the batch, ascending, and by site their
+        states [n, numbers] float32 in that order. A block has as many positions as fit into 1 GiB, at least one.
+        """
+        places = (batch.keep.flatten().cumsum(0) - 1).reshape(batch.keep.shape)
         running: Running | None = None
-        for at in range(batch.tokens.shape[1]):
-            column = batch.tokens[:, at : at + 1]
-            if running is None:
-                running = Running.start(self._subject, column)
-            else:
-                running.feed(column)
-            here = batch.keep[:, at].nonzero()[:, 0]
-            if len(here):
-                state = running.state()
-                for site in wanted:
-                    parts[site].append(_numbers(state, site)[here])
-        row, column_of = batch.keep.T.nonzero().flip(1).unbind(1)  # in the order in which they were read
-        order = torch.argsort(row * batch.keep.shape[1] + column_of)
-        return {site: torch.cat(read)[order] for site, read in parts.items()}
+        for start, stop in self._ranges(batch):
+            keep = batch.keep[:, start:stop]
+            within = (keep.flatten().cumsum(0) - 1).reshape(keep.shape)
+            held: dict[int, torch.Tensor] = {}
+            for at in range(start, stop):
+                column = batch.tokens[:, at : at + 1]
+                if running is None:
+                    running = Running.start(self._subject, column)
+                else:
+                    running.feed(column)
+                here = batch.keep[:, at].nonzero()[:, 0]
+                if len(here):
+                    self._put(running.state(), here, within[here, at - start], held, int(keep.sum()))
+            if held:
+                yield places[:, start:stop][keep], held
+
+    def _put(
+        self, state: State, rows: torch.Tensor, places: torch.Tensor, held: dict[int, torch.Tensor], n: int
+    ) -> None:
+        for site in self.sites:
+            numbers = state_numbers(state, site)
+            if site not in held:
+                held[site] = numbers.new_empty((n, numbers.shape[1]))
+            held[site][places.to(numbers.device)] = numbers[rows.to(numbers.device)]
+
+    def _ranges(self, batch: Batch) -> Iterator[tuple[int, int]]:
+        """Yield where blocks of positions begin and end, up to the last position that predicts."""
+        most = _BLOCK_ENTRIES // sum(self.sizes.values())
+        start = held = 0
+        counts = batch.keep.sum(dim=0).tolist()
+        for at, count in enumerate(counts):
+            if held and held + count > most:
+                yield start, at
+                start, held = at, 0
+            held += count
+        if held:
+            yield start, len(counts)
 
 
-def _numbers(state: State, layer: int) -> torch.Tensor:
+def state_numbers(state: State, layer: int) -> torch.Tensor:
     """Return the state of one block as numbers [rows, n] float32 that a linear map can read."""
     parts = dict(state[layer])
     if "num" in parts and "den" in parts:

@@ -19,6 +19,7 @@ from exegete.streams import stream
 from exegete.types import Array
 
 if TYPE_CHECKING:
+    from exegete.config import CorpusConfig
     from exegete.store.corpus import Corpus
 
 Part = Literal["train", "validation", "test", "all"]
@@ -81,11 +82,7 @@ class LensText:
         The split is made when a part other than ``all`` is first asked for; InputError is raised then when a part would
         be empty. Raises InputError at once when a share is no share, or packed documents are to be read apart.
         """
-        if corpus.config.packing and corpus.config.attend == "document":
-            raise InputError("lenses read each row as a whole; pack with corpus.attend row, or do not pack")
-        for name, share in (("validation_share", validation_share), ("test_share", test_share)):
-            if not 0.0 < share < 1.0:
-                raise InputError(f"{name} lies between 0 and 1, got {share}")
+        require_settings(corpus.config, validation_share=validation_share, test_share=test_share)
         self.corpus = corpus
         self.settings: dict[str, Any] = {
             "text": list(corpus.config.text),
@@ -148,6 +145,15 @@ class LensText:
             for number in range(first, end):
                 codes[place, self._segments[number, 1] : self._segments[number, 2]] = self._codes[number]
         return codes
+
+
+def require_settings(config: CorpusConfig, *, validation_share: float, test_share: float) -> None:
+    """Raise InputError for shares that are none, and for packed documents that are to be read apart."""
+    if config.packing and config.attend == "document":
+        raise InputError("lenses read each row as a whole; pack with corpus.attend row, or do not pack")
+    for name, share in (("validation_share", validation_share), ("test_share", test_share)):
+        if not 0.0 < share < 1.0:
+            raise InputError(f"{name} lies between 0 and 1, got {share}")
 
 
 def as_text(text: LensText | Corpus, *, seed: int = 0) -> LensText:

@@ -29,6 +29,7 @@ from exegete.lens.schedules import LensConfig, optimizer_of, set_rate
 from exegete.lens.states import StateReader
 from exegete.lens.text import LensText, Order, as_text, fixed_batches
 from exegete.lens.trained import SiteTraining, Trained
+from exegete.lens.translators import Moments
 from exegete.progress import Progress, Silent
 from exegete.subjects.readout import read_out
 from exegete.subjects.sites import site_point
@@ -290,13 +291,16 @@ class _Job:
         """Measure mean and spread of every state on some train rows."""
         if self._states is None:
             return
-        config = self._config
-        for batch in fixed_batches(self._text, "train", seed=config.seed, most=4096, tokens=4096):
-            for site, states in self._states.read(batch).items():
-                own = self._translators["state", site].state
-                if own is not None:
-                    own.standardise(states)
-            return
+        seen = {site: Moments() for site in self._states.sites}
+        batch = next(fixed_batches(self._text, "train", seed=self._config.seed, most=4096, tokens=4096))
+        for part in batch.pieces(self._states.rows * batch.tokens.shape[1]):
+            for _, states in self._states.blocks(part):
+                for site, moments in seen.items():
+                    moments.add(states[site])
+        for site, moments in seen.items():
+            own = self._translators["state", site].state
+            if own is not None:
+                own.standardise(moments)
 
     def _validation(self) -> Sequence[Any]:
         config = self._config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final, get_args
@@ -85,24 +85,22 @@ class Trajectory:
     def write(self, path: str | Path, colour: Colour = "probability") -> None:
         """Write the picture as .html, .svg, .png or .json, by the path's ending.
 
-        Raises InputError for another ending or more tokens than a .png holds, MissingExtraError for .png without
-        matplotlib.
+        Raises what ``check_pictures`` does.
         """
         from exegete.files import write_json, write_text
 
         place = Path(path)
+        check_pictures([place], len(self.tokens))
         if place.suffix == ".html":
             write_text(place, self.html(colour))
         elif place.suffix == ".svg":
             write_text(place, self.svg(colour))
         elif place.suffix == ".json":
             write_json(place, self.to_json())
-        elif place.suffix == ".png":
+        else:
             from exegete.lens.pictures import trajectory_png
 
             trajectory_png(self, place, colour)
-        else:
-            raise InputError(f"a picture is a .html, .svg, .png or .json file, got {str(path)!r}")
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain data; what is not defined is None."""
@@ -126,6 +124,30 @@ class Trajectory:
         }
 
 
+def check_pictures(paths: Iterable[str | Path], n_tokens: int) -> None:
+    """Raise what stands against pictures of so many tokens at all these paths, before anything is written.
+
+    Raises InputError for another ending, a path given twice, a folder, or more tokens than a .png holds,
+    MissingExtraError for .png without matplotlib.
+    """
+    seen: set[Path] = set()
+    for path in map(Path, paths):
+        if path.suffix not in (".html", ".svg", ".png", ".json"):
+            raise InputError(f"a picture is a .html, .svg, .png or .json file, got {str(path)!r}")
+        if path in seen:
+            raise InputError(f"the picture {str(path)!r} is asked for twice")
+        if path.is_dir():
+            raise InputError(f"{str(path)!r} is a folder; a picture is a file")
+        above = next(place for place in path.absolute().parents if place.exists())
+        if not above.is_dir():
+            raise InputError(f"{str(path)!r} cannot be written: {str(above)!r} is a file, not a folder")
+        if path.suffix == ".png":
+            from exegete.lens.pictures import require_png
+
+            require_png(n_tokens)
+        seen.add(path)
+
+
 @torch.no_grad()
 def prediction_trajectory(
     lens: Lens, tokens: Sequence[int], *, sites: Sequence[int] | None = None, k: int = 10
@@ -136,24 +158,29 @@ def prediction_trajectory(
         lens: What reads the sites.
         tokens: The prompt's ids, at least one.
         sites: Which; by default all of the lens. The model's own output comes last in any case.
-        k: How many of the likeliest tokens to keep.
+        k: How many of the likeliest tokens to keep, at least one.
 
     Raises:
-        InputError: For a prompt that is empty or longer than the model reads.
+        InputError: For a prompt that is empty or longer than the model reads, or no token to keep.
         NotFoundError: For sites that the lens does not have.
     """
     if not len(tokens):
         raise InputError("the prompt holds no token; give some text")
+    if k < 1:
+        raise InputError(f"at least one of the likeliest tokens is kept, got {k}")
     subject, last = lens.subject, lens.last
     require_room(subject, len(tokens))
     chosen = tuple(sorted({*(lens.sites if sites is None else sites), last}))
     ids = torch.tensor([list(tokens)])
     streams = residuals(subject, ids, chosen)
-    states = _states(lens, ids, chosen)
     model = lens.readout.logits(streams[last][0]).log_softmax(dim=-1)
     after = torch.tensor(list(tokens)[1:], device=model.device)
-    size = min(max(k, 1), model.shape[1])
-    cells = [_site(lens, site, streams[site][0], states.get(site), model, after, size) for site in chosen]
+    size = min(k, model.shape[1])
+    parts: dict[int, list[dict[str, Array]]] = {site: [] for site in chosen}
+    for at, states in _blocks(lens, ids, chosen):
+        for site, held in parts.items():
+            held += _site(lens, site, streams[site][0, at], states.get(site), model[at], after[at], size)
+    cells = [{name: np.concatenate([part[name] for part in held]) for name in held[0]} for held in parts.values()]
     texts = subject.token_table().texts
     top = np.stack([cell["top"] for cell in cells])
     return Trajectory(
@@ -172,13 +199,16 @@ def prediction_trajectory(
     )
 
 
-def _states(lens: Lens, ids: torch.Tensor, sites: Sequence[int]) -> dict[int, torch.Tensor]:
+def _blocks(lens: Lens, ids: torch.Tensor, sites: Sequence[int]) -> Iterator[tuple[slice, Mapping[int, torch.Tensor]]]:
+    """Yield positions of the prompt in order, with the states that the lens reads there; all at once where none is."""
     need = tuple(site for site in sites if lens.reads_state(site))
-    if not need:
-        return {}
     n = ids.shape[1]
+    if not need:
+        yield slice(0, n), {}
+        return
     batch = Batch(tokens=ids, keep=torch.ones(1, n, dtype=torch.bool), labels=ids[0], documents=np.zeros(n, np.int64))
-    return StateReader(lens.subject, need).read(batch)
+    for places, states in StateReader(lens.subject, need).blocks(batch):
+        yield slice(int(places[0]), int(places[-1]) + 1), states
 
 
 def _site(
@@ -189,8 +219,8 @@ def _site(
     model: torch.Tensor,
     after: torch.Tensor,
     k: int,
-) -> dict[str, Array]:
-    """Return the cells of one site, positions a bounded piece at a time."""
+) -> list[dict[str, Array]]:
+    """Return the cells of one site at some positions, a bounded piece at a time."""
     step = piece_size(lens.subject, lens.readout)
     parts: list[dict[str, Array]] = []
     for start in range(0, len(h), step):
@@ -216,7 +246,7 @@ def _site(
                 "rank": np.pad((log_p[: len(label)] > own).sum(dim=-1).cpu().numpy(), (0, lacking), constant_values=-1),
             }
         )
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return parts
 
 
 def _text(texts: Sequence[str], token: int) -> str:

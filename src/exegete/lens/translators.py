@@ -51,12 +51,44 @@ class StateMap(torch.nn.Module):
         return (x @ self.down.T) @ self.up.T
 
     @torch.no_grad()
-    def standardise(self, states: torch.Tensor) -> None:
-        """Take mean and scale from some states [m, n]; numbers that never change count for nothing."""
-        spread = states.std(dim=0, correction=0)
-        self.mean.copy_(states.mean(dim=0))
-        moving = spread > 1e-6 * states.abs().amax(dim=0).clamp_min(1e-30)
-        self.scale.copy_(torch.where(moving, 1.0 / spread.clamp_min(1e-30), torch.zeros_like(spread)))
+    def standardise(self, seen: Moments) -> None:
+        """Take mean and scale from the states seen; numbers that never change count for nothing."""
+        self.mean.copy_(seen.mean)
+        moving = seen.spread > 1e-6 * seen.largest.clamp_min(1e-30)
+        self.scale.copy_(torch.where(moving, 1.0 / seen.spread.clamp_min(1e-30), torch.zeros_like(seen.spread)))
+
+
+@final
+class Moments:
+    """Mean and spread of numbers that are seen some rows at a time (merged as in Chan, Golub and LeVeque 1979).
+
+    Attributes:
+        n: Rows seen.
+        mean: Of each number [numbers] float64.
+        largest: Size of the largest of each [numbers] float64.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.mean = self.largest = self._squares = torch.zeros(1, dtype=torch.float64)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """See some more rows [m, numbers], m ≥ 1."""
+        m = len(rows)
+        mean, spread = rows.mean(dim=0).double(), rows.std(dim=0, correction=0).double()
+        largest = torch.maximum(rows.amax(dim=0), -rows.amin(dim=0)).double()
+        squares = spread.square() * m
+        if self.n:
+            moved = mean - self.mean
+            squares = self._squares + squares + moved.square() * (self.n * m / (self.n + m))
+            mean = self.mean + moved * (m / (self.n + m))
+            largest = torch.maximum(self.largest, largest)
+        self.n, self.mean, self.largest, self._squares = self.n + m, mean, largest, squares
+
+    @property
+    def spread(self) -> torch.Tensor:
+        """The standard deviation of each number over the rows seen [numbers] float64."""
+        return (self._squares / max(1, self.n)).sqrt()
 
 
 @final
