@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -13,7 +14,17 @@ import torch
 from exegete.cli import steer as command
 from exegete.cli.options import Parser
 from exegete.errors import ExegeteError
-from exegete.steering import Row, balanced, behaviour_vector, generate, load_vector, save_vector, sweep
+from exegete.steering import (
+    Row,
+    balanced,
+    behaviour_vector,
+    generate,
+    load_pairs,
+    load_vector,
+    pair_vector,
+    save_vector,
+    sweep,
+)
 from exegete.steering.reference import origin
 from exegete.subjects import Subject
 
@@ -65,11 +76,16 @@ def test_a_vector_is_made_of_a_behaviour(
 def test_a_vector_is_made_of_pairs(llama: Subject, tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("positive,negative\nyes it is,no it is\nit is big,it is not\n4 is,5 is\n")
     out = tmp_path / "v.safetensors"
-    options = ["--method", "lda", "--shrinkage", "0.5", "--normalise", "unit", "--sites=-1,2"]
-    assert steer("vector", llama.name, "--pairs", tmp_path / "p.csv", *options, "--out", out, *CPU, "-q") == 0
-    found = load_vector(out, llama)
-    assert (found.sites, found.about.method, found.about.n_pairs) == ((-1, 2), "lda", 3)
-    assert float(found.residual[2].norm()) == pytest.approx(1, abs=1e-5)
+    pairs = load_pairs(tmp_path / "p.csv")
+    for method, how in (("lda", {"shrinkage": 0.5}), ("logistic", {"penalty": 0.25})):
+        ((name, value),) = how.items()
+        options = ["--method", method, f"--{name}", value, "--normalise", "unit", "--sites=-1,2"]
+        assert steer("vector", llama.name, "--pairs", tmp_path / "p.csv", *options, "--out", out, *CPU, "-q") == 0
+        found = load_vector(out, llama)
+        assert (found.sites, found.about.method, found.about.n_pairs) == ((-1, 2), method, 3)
+        assert float(found.residual[2].norm()) == pytest.approx(1, abs=1e-5)
+        given: Any = {"method": method, "normalise": "unit", "sites": (-1, 2), **how}
+        assert found.hash == pair_vector(llama, pairs, **given).hash
 
 
 @pytest.fixture
@@ -97,7 +113,20 @@ def test_a_sweep_makes_its_vector_and_writes_its_tables(
 ) -> None:
     out = tmp_path / "out"
     options = ["--state", "--sites", "0-1", "--multipliers", "-1", "0", "1", "--controls", "2", "--samples", "1"]
-    arguments = [mamba.name, "--data", data, *options, "--max-tokens", "2", "--reference", "--out", out, *CPU, "-q"]
+    arguments = [
+        mamba.name,
+        "--data",
+        data,
+        *options,
+        "--max-tokens",
+        "2",
+        "--reference",
+        "--png",
+        "--out",
+        out,
+        *CPU,
+        "-q",
+    ]
     assert steer("sweep", *arguments) == 0
     said = capsys.readouterr().out
     assert origin()[0] in said
@@ -126,7 +155,9 @@ def test_a_sweep_makes_its_vector_and_writes_its_tables(
         (c["behaviour"], c["mode"], c["site"]) for c in choices
     ]
     assert {c["mode"] for c in choices} == {"residual", "state", "both"}
-    assert (out / "curves-bigness.svg").is_file()
+    for name in ("curves-bigness", "sites-bigness", "curves-refusal", "sites-refusal"):
+        assert ElementTree.parse(out / f"{name}.svg").getroot().tag.endswith("svg")
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_sweep_of_a_given_vector_and_file(mamba: Subject, saved: Path, data: Path, tmp_path: Path) -> None:
@@ -172,6 +203,7 @@ def test_bad_input_is_refused_in_one_line(
 ) -> None:
     out = ["--out", tmp_path / "x.safetensors", *CPU, "-q"]
     rows = data / "generate" / "bigness" / "generate_dataset.json"
+    residual = save_vector(load_vector(saved).only(mode="residual"), tmp_path / "residual.safetensors")
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps([{"question": "Is it?\n(A) yes\n(B) no", "answer_matching_behavior": "(A)"}]))
     refused("one of --rows, --data", "vector", mamba.name, *out)
@@ -190,6 +222,12 @@ def test_bad_input_is_refused_in_one_line(
     refused("no rows to make a vector of", "sweep", mamba.name, "--test", rows, *out)
     refused("name it with --data", "sweep", mamba.name, "--test", rows, "--behaviours", "x", *out)
     refused("--limit is at least 1, got -5", "vector", mamba.name, "--rows", rows, "--limit", "-5", *out)
+    refused("--penalty takes finite", "vector", mamba.name, "--rows", rows, "--penalty", "nan", *out)
+    refused("above 0", "vector", mamba.name, "--rows", rows, "--method", "logistic", "--penalty", "0", *out)
+    refused("--max-tokens is at least 1", "apply", mamba.name, saved, "--prompt", "it", "--max-tokens", "0", *CPU)
+    refused("a vector acts at", "sweep", "no-model", "--test", rows, "--positions", "x", *out)  # before any model
+    refused("unknown template", "sweep", "no-model", "--test", rows, "--template", "x", *out)
+    refused("no ssm to choose", "apply", mamba.name, residual, "--prompt", "it is", "--components", "ssm", *CPU)
     refused("--controls is at least 0", "sweep", mamba.name, "--test", rows, "--controls", "-1", *out)
     refused("name it with --model", "convert", "a.gguf", "b.safetensors")
     refused("from .safetensors to .gguf or back", "convert", "a.pt", "b.gguf")
@@ -209,7 +247,8 @@ def test_vectors_are_converted_both_ways(
     for site in (0, 1, 2):
         assert torch.equal(found.residual[site], vector.residual[site])
     assert steer("convert", file, tmp_path / "s.gguf", "--sites", "1-2") == 0
-    refused("sites are numbers from 0", "convert", file, tmp_path / "s.gguf", "--sites", "x")
+    for sites in ("x", "5-2", "1-9999999999999", "-1"):
+        refused("sites are numbers from 0", "convert", file, tmp_path / "s.gguf", f"--sites={sites}")
 
 
 def test_files_that_are_no_control_vectors_are_refused(

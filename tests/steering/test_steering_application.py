@@ -141,6 +141,42 @@ def test_generating_is_steered_in_every_kind_of_cache(family: str, tmp_path: Pat
     assert greedy(subject, IDS).tolist() == clean.tolist()
 
 
+@pytest.mark.parametrize("family", ["llama", "mamba", "rwkv"])
+def test_a_prompt_of_one_token_begins_a_sequence(family: str, tmp_path: Path) -> None:
+    """Also behind a pass that kept no cache, and with one of its own; what goes on with a cache is not a prompt."""
+    subject = load_subject(str(toy_subject_model(family, tmp_path / family)), device="cpu")
+    d = subject.d(*site_point(subject, 1))
+    draw = torch.Generator().manual_seed(0)
+    vector = SteeringVector(residual={1: torch.randn(d, generator=draw)}, about=about(subject, "mean"))
+    for positions in ("last", "generated", "onward"):
+        wanted = list(generate(subject, [(7,)], vector, [2.0], positions=positions, max_tokens=5)[0].tokens)
+        with steered(subject, vector, 2.0, positions=positions):
+            alone = logits(subject, [[7]])
+            assert greedy(subject, [[7]]).tolist() == [wanted]
+            logits(subject, [[9]], use_cache=False)
+            assert greedy(subject, [[7]]).tolist() == greedy(subject, [[7]]).tolist() == [wanted]
+            logits(subject, IDS)
+            assert torch.equal(logits(subject, [[7]]), alone)
+        clean = logits(subject, [[7]])
+        assert torch.equal(clean, alone) == (positions == "generated")
+
+
+def test_a_cache_given_for_one_token_is_a_sequence_of_its_own(llama: Subject) -> None:
+    vector = vector_at(llama, 1)
+    options: dict[str, Any] = {"input_ids": torch.tensor([[7]]), "use_cache": True}
+    for as_mapping in (True, False):
+        with torch.no_grad(), steered(llama, vector, positions="generated"):
+            llama.model(input_ids=torch.tensor(IDS), use_cache=False)
+            begun = llama.model(**options, past_key_values=transformers.DynamicCache(), return_dict=as_mapping)
+            cache = begun["past_key_values"] if as_mapping else begun[1]
+            after = llama.model(**options, past_key_values=cache, return_dict=as_mapping)
+        with torch.no_grad():
+            plain = llama.model(**options)
+            onward = llama.model(**options, past_key_values=plain["past_key_values"])
+        assert torch.equal(begun[0] if not as_mapping else begun["logits"], plain["logits"])
+        assert not torch.allclose(after[0] if not as_mapping else after["logits"], onward["logits"], atol=1e-3)
+
+
 def test_padding_is_never_edited_and_prompts_count_from_their_first_token(llama: Subject) -> None:
     vector = vector_at(llama, 1)
     ids = [[0, 0, 7, 21, 35, 4], [7, 21, 35, 4, 66, 12]]
@@ -311,12 +347,22 @@ def test_what_cannot_be_applied_is_refused(llama: Subject, mamba: Subject, rows:
     assert encode(mamba.tokenizer, "it is")
     for options, message in (
         ({"draws": 2}, "several draws need a temperature"),
-        ({"temperature": -1.0}, "several draws need a temperature"),
+        ({"temperature": -1.0}, "a temperature is 0"),
         ({"max_tokens": 0}, "at least one prompt"),
         ({"multipliers": [float("nan")]}, "finite numbers"),
         ({"mode": "state", "sites": (-1,)}, "nothing at site -1"),
+        ({"positions": "from:999"}, r"prompt 1 has no token to edit the residual at: it is of \d+ tokens, .*from:999"),
+        ({"positions": "generated", "max_tokens": 1}, "no token to edit the residual"),
+        ({"state_positions": "from:999"}, "no token to edit the state at"),
     ):
         with pytest.raises(InputError, match=message):
             generate(mamba, ["it is"], vector, **options)
+    one: dict[str, Any] = {"mode": "state", "max_tokens": 3}
+    with pytest.raises(
+        InputError, match="prompt 2 has no token to edit the state at: it is of 1 tokens, a state can be"
+    ):
+        generate(mamba, [(7, 8), (7,)], vector, **one)
+    assert generate(mamba, [(7,)], vector, [0.0], **one)[0].tokens == generate(mamba, [(7,)], max_tokens=3)[0].tokens
+    assert generate(mamba, [(7,)], vector, [9.0], state_positions="onward", **one)
     with pytest.raises(MismatchError, match="the vector has 3 dimensions"):
         Steer(("x", "output"), "add", torch.ones(3)).change(torch.ones((1, 4)), None, torch.zeros(1, dtype=torch.long))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
 
 from exegete.errors import InputError, NotFoundError
-from exegete.steering.estimate import direction_of, discriminant, mean_difference, principal
+from exegete.steering.estimate import direction_of, discriminant, logistic, mean_difference, principal
 
 
 def drawn(n: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,5 +75,29 @@ def test_what_cannot_be_estimated_is_refused() -> None:
     with pytest.raises(InputError, match="do not vary"):
         principal(negative + 1, negative, centred=True)
     assert principal(negative + 1, negative, centred=False).tolist() == pytest.approx([3**-0.5] * 3)
-    with pytest.raises(NotFoundError, match="unknown method 'logistic'"):
-        direction_of(positive, negative, "logistic")  # type: ignore[arg-type]
+    with pytest.raises(NotFoundError, match="unknown method 'median'"):
+        direction_of(positive, negative, "median")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 8), (12, 40)])
+@pytest.mark.parametrize("penalty", [1.0, 0.01])
+def test_the_logistic_regression_is_scikit_learns(n: int, d: int, penalty: float) -> None:
+    positive, negative = drawn(n, d)
+    x, y = torch.cat([negative, positive]).double().numpy() + 3, np.repeat([0, 1], n)
+    theirs = LogisticRegression(C=1 / penalty, solver="newton-cholesky", tol=1e-12, max_iter=1000).fit(x, y).coef_[0]
+    np.testing.assert_allclose(logistic(positive + 3, negative + 3, penalty).numpy(), theirs, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(
+        direction_of(positive, negative, "logistic", penalty=penalty), theirs, rtol=1e-5, atol=1e-7
+    )
+
+
+def test_a_logistic_regression_needs_a_penalty_and_rows_that_differ() -> None:
+    positive, negative = drawn(4, 3)
+    for penalty in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match="a number above 0"):
+            logistic(positive, negative, penalty)
+    with pytest.raises(InputError, match="read alike"):
+        logistic(torch.full((4, 3), 0.1), torch.full((4, 3), 0.1))
+    one = logistic(positive[:1], negative[:1])  # of one pair it is the difference, to a length
+    difference = mean_difference(positive[:1], negative[:1])
+    assert float(one @ difference / one.norm() / difference.norm()) == pytest.approx(1, abs=1e-9)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from exegete.errors import CorruptError, ExegeteError, InputError, MismatchError, NotFoundError
 from exegete.steering import (
@@ -118,13 +119,13 @@ def test_lengths_are_normalised_and_written_down(llama: Subject, rows: list[Row]
     assert made.vector.about.norms["state.1.ssm"] == pytest.approx(made.vector.state.norm(1, "ssm"), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lda", "pca-diff", "pca-center"])
+@pytest.mark.parametrize("method", ["lda", "logistic", "pca-diff", "pca-center"])
 def test_other_methods_work_on_states_too(mamba: Subject, rows: list[Row], method: Any) -> None:
     found = behaviour_vector(mamba, rows, sites=(1,), state=["ssm"], method=method).vector
     assert found.components == ("ssm",)
     assert found.state.layers == (0, 1, 2)
     assert found.state.parts[2]["ssm"].shape == (64, 8)
-    if method != "lda":
+    if method.startswith("pca"):
         assert found.state.norm(2) == pytest.approx(1, abs=1e-5)
 
 
@@ -143,6 +144,9 @@ def test_what_cannot_be_made_is_refused(
     refused(InputError, "carries no recurrent state", subject=llama, state=True)
     refused(NotFoundError, "unknown state component 'sm'; did you mean ssm", state=["sm"])
     refused(NotFoundError, "unknown method", method="median")
+    refused(InputError, "penalty of a logistic regression", method="logistic", penalty=0.0, sites=(0,))
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        behaviour_vector(mamba, rows, statee=True)  # type: ignore[call-arg]
     refused(NotFoundError, "sites -1 .* to 2, got 7", sites=(7,))
     refused(InputError, "none, unit or rms", normalise="big")
     same = Row(question="(A) or (B)", match="A", other="B")
@@ -186,6 +190,33 @@ def test_a_state_in_float64_is_kept_so(rows: list[Row], tmp_path: Path, method: 
         single = StateVector({1: {"num": made.vector.state.parts[1]["num"].float()}})  # as was written before
         older = dataclasses.replace(made.vector, state=single)
         assert load_vector(save_vector(older, tmp_path / "o.safetensors"), subject).hash == older.hash
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_vector_of_fewer_bits_is_kept_by_its_values(made: Made, tmp_path: Path, kind: torch.dtype) -> None:
+    state = StateVector({1: {"ssm": made.vector.state.parts[1]["ssm"].to(kind)}})
+    halves = {site: part.to(kind) for site, part in made.vector.residual.items()}
+    given = SteeringVector(residual=halves, state=state, about=made.vector.about)
+    assert {part.dtype for _, part in given.parts()} == {torch.float32}
+    exact = SteeringVector(
+        residual={site: part.float() for site, part in halves.items()},
+        state=StateVector({1: {"ssm": state.parts[1]["ssm"].float()}}),
+        about=made.vector.about,
+    )
+    file = save_vector(given, tmp_path / "v.safetensors")
+    assert load_vector(file).hash == given.hash == exact.hash
+
+    def rewritten() -> None:
+        save_file({name: part.to(kind) for name, part in load_file(file).items()}, file)
+
+    rewritten()  # by hand: the values are the same in fewer bits, so the vector is
+    assert load_vector(file).hash == given.hash
+    save_vector(made.vector, file)
+    rewritten()  # here they are rounded: another vector than the .json tells of
+    name = str(kind).removeprefix("torch.")
+    with pytest.raises(CorruptError, match=f"hash differs .*those in {name} are rounded") as caught:
+        load_vector(file)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_vector_of_another_model_is_refused(made: Made, llama: Subject, mamba: Subject, tmp_path: Path) -> None:
@@ -260,6 +291,8 @@ def test_parts_are_chosen(made: Made) -> None:
     ):
         with pytest.raises(InputError, match=message):
             held.only(sites=sites, mode=mode)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no ssm to choose: the vector has no state part; it has a residual part"):
+        residual.only(components=("ssm",))
     with pytest.raises(InputError, match="this has none"):
         SteeringVector(residual={}, about=made.vector.about)
     with pytest.raises(InputError, match="NaN"):

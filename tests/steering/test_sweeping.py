@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from matplotlib.image import imread as read_png
 
-from exegete.errors import InputError, MismatchError, NotFoundError
+from exegete.errors import InputError, MismatchError, MissingExtraError, NotFoundError
 from exegete.steering import (
     Question,
     Row,
@@ -30,6 +31,7 @@ from exegete.steering.answers import Asked, Setting
 from exegete.steering.effects import Bootstrap, halves
 from exegete.steering.places import places
 from exegete.steering.plots import curves_figure, sites_figure
+from exegete.steering.png import png_of
 from exegete.steering.questions import open_prompt, questions
 from exegete.steering.reference import origin, published, published_behaviours, reference_lines
 from exegete.steering.tables import csv_text, summary_lines
@@ -90,7 +92,20 @@ def test_a_vector_of_the_behaviour_is_told_from_one_of_the_letter(
     assert best.spearman.value == 1.0
     assert best.random == 20
     assert best.effect.value > best.random_most >= best.random_mean
-    assert len([p for p in found.points if p.control == "random"]) == 40
+    assert best.random_as_large == 0
+    drawn = [p for p in found.points if p.control == "random"]
+    assert len(drawn) == 40
+    weak = dataclasses.replace(direction, residual={s: 1e-3 * v for s, v in direction.residual.items()})
+    here = sweep(subject, weak, rows, multipliers=(-1, 1), controls=9, behaviour="b", letters=direction)
+    curve, choice = next(c for c in here.curves if c.random), here.choices[0]
+    own = {(p.draw, p.multiplier): p.match for p in here.points if p.control == "random"}
+    effects = [abs(own[i, 1.0] - own[i, -1.0]) for i in range(9)]
+    assert curve.random_as_large == sum(e >= abs(curve.effect.value) for e in effects)
+    assert curve.site == choice.site
+    said = "\n".join(summary_lines(here))
+    assert f"{curve.random_as_large} as large as this; letter" in said
+    assert f"nonsense {here.points[0].base_nonsense:.2f} unsteered" in said
+    assert "the half of the questions that the site was not chosen on" in said
     both = [*only_a, *(Row(question=r.question, match="B", other="A") for r in only_a)]
     found = sweep(subject, direction, both, multipliers=MULTIPLIERS)
     assert all(abs(c.effect.value) < 1e-6 for c in found.curves)
@@ -319,6 +334,32 @@ def test_a_sweep_is_written_as_tables_and_figures(mamba: Subject, rows: list[Row
     assert "held out" in summary_lines(found)[0]
     with pytest.raises(InputError, match="other multipliers"):
         _ = found + sweep(mamba, vector, rows, multipliers=(-1, 1), controls=0)
+
+
+def test_figures_are_pictures_too(
+    mamba: Subject, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = behaviour_vector(mamba, rows, sites=(0, 1), state=True)
+    found = sweep(mamba, made.vector, rows, multipliers=(-1, 0, 1), behaviour="$b_1$", controls=2, letters=made.letters)
+    files = {file.name: file for file in write_sweep(found, tmp_path, png=True)}
+    assert {"curves-_b_1_.png", "curves-_b_1_.svg", "sites-_b_1_.png", "sites-_b_1_.svg"} <= files.keys()
+    for name, draw in (("curves", curves_figure), ("sites", sites_figure)):
+        picture = read_png(files[f"{name}-_b_1_.png"])
+        assert picture.shape == (692, 1680, 4)
+        assert (picture[:4] == 1).all()  # white above the title
+        svg = ElementTree.fromstring(draw(found, "$b_1$"))
+        strokes = {e.get("stroke") for e in svg.iter() if e.tag.endswith("polyline") and e.get("class") is None}
+        pixels = np.round(255 * picture[..., :3]).astype(int)
+        assert len(strokes) == 3
+        for stroke in strokes:
+            assert (pixels == [int(str(stroke)[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=-1).any()
+    svg_text = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><path d="M0 0" fill="#fff"/></svg>'
+    with pytest.raises(AssertionError, match="no figure has the element 'path'"):
+        png_of(svg_text)
+    monkeypatch.setattr("exegete.steering.png.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"writing PNG figures .* pip install 'exegete\[plot\]'"):
+        write_sweep(found, tmp_path / "none", png=True)
+    assert not (tmp_path / "none").exists()
 
 
 def test_published_numbers_ship_with_origin_and_cautions(mamba: Subject, rows: list[Row]) -> None:

@@ -5,157 +5,33 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+import math
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from exegete.cli.output import say
+from exegete.cli.steer_options import MODES
+from exegete.cli.steer_options import add_parsers as add_parsers
 from exegete.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from exegete.steering.behaviour_files import Behaviour
     from exegete.steering.latents import Composition, Piece
-    from exegete.steering.making import Made
+    from exegete.steering.making import Made, VectorOptions
     from exegete.steering.open_ended import OpenAnswer
+    from exegete.steering.operators import Operator
+    from exegete.steering.pairs import Pair
     from exegete.steering.sweeping import Mode, Sweep
     from exegete.steering.vector import SteeringVector
     from exegete.subjects import Subject
 
-_METHODS = ("mean", "lda", "pca-diff", "pca-center")
-_MODES: tuple[Mode, ...] = ("residual", "state", "both")
-_OPERATORS = ("add", "project-out", "reflect", "clamp")
-
-
-def add_parsers(sub: Any, parents: Sequence[argparse.ArgumentParser] = ()) -> None:
-    """Add the command and its verbs to the command line's subparsers; ``parents`` hold options of every command."""
-    text = "Steer a model: make vectors, apply them, sweep over them with controls, and see what they are made of."
-    made = sub.add_parser("steer", help=text, description=text)
-    made.set_defaults(command="steer")
-    verbs = made.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True, parser_class=type(made))
-
-    def verb(name: str, text: str) -> Any:
-        return verbs.add_parser(name, help=text, description=text, parents=list(parents))
-
-    vector = verb("vector", "Make a steering vector and write it to a file.")
-    vector.add_argument("model", nargs="?", metavar="MODEL", help="model folder or hub id; left out with --latent")
-    vector.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="where to write it")
-    vector.add_argument("--letters", type=Path, metavar="FILE.safetensors", help="write the letter's vector here, too")
-    vector.add_argument("--pairs", metavar="FILE", help="pairs of texts: positive, negative as .jsonl, .json or .csv")
-    vector.add_argument("--latent", metavar="RUN:CODER/INDEX", help="the direction of a latent of a run's coder")
-    _add_rows(vector)
-    _add_making(vector)
-    _add_subject(vector)
-
-    apply = verb("apply", "Continue prompts under a vector, at one or several multipliers.")
-    apply.add_argument("model", metavar="MODEL", help="model folder or hub id")
-    apply.add_argument("vector", metavar="VECTOR", help="a .safetensors or .gguf file, or RUN:CODER/INDEX")
-    apply.add_argument("--prompt", nargs="+", action="extend", default=[], metavar="TEXT", help="prompts as they are")
-    apply.add_argument("--questions", metavar="FILE", help="an open-ended file; its questions go into the template")
-    apply.add_argument("--template", default="plain", metavar="TEXT", help="for --questions (default: plain)")
-    apply.add_argument("--multipliers", nargs="+", type=float, default=[0.0, 1.0], metavar="X", help="(default: 0 1)")
-    apply.add_argument("--positions", default="onward", metavar="TEXT", help=f"{_POSITIONS} (default: onward)")
-    apply.add_argument("--max-tokens", type=int, default=40, metavar="N", help="length (default: 40)")
-    apply.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest (default: 0)")
-    apply.add_argument("--draws", type=int, default=1, metavar="N", help="continuations of each (default: 1)")
-    apply.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
-    apply.add_argument("--json", action="store_true", help="print JSON lines")
-    apply.add_argument("--mode", choices=_MODES, default="both", help="part of the vector used (default: all it has)")
-    apply.add_argument("--sites", metavar="TEXT", help="which of the vector's (default: all)")
-    apply.add_argument("--components", nargs="+", metavar="NAME", help="which of the state (default: all)")
-    _add_applying(apply)
-    _add_subject(apply)
-
-    sweep = verb("sweep", "Measure p(match) over sites, multipliers and modes, with controls, into tables and figures.")
-    sweep.add_argument("model", metavar="MODEL", help="model folder or hub id")
-    sweep.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
-    sweep.add_argument(
-        "--vector", metavar="VECTOR", help="a file or RUN:CODER/INDEX; else made of the rows to generate"
-    )
-    sweep.add_argument("--letter-vector", metavar="FILE", help="control: what steer vector --letters wrote")
-    sweep.add_argument("--test", metavar="FILE", help="an A/B file to test on")
-    sweep.add_argument("--multipliers", nargs="+", type=float, metavar="X", help="(default: ±3 ±1.5 ±1 ±0.5 0)")
-    sweep.add_argument(
-        "--modes", nargs="+", choices=_MODES, metavar="MODE", help="residual, state, both (default: all)"
-    )
-    sweep.add_argument("--per-component", action="store_true", help="each component of the state alone as well")
-    sweep.add_argument("--positions", default="last", metavar="TEXT", help=f"{_POSITIONS} (default: last)")
-    sweep.add_argument("--controls", type=int, default=20, metavar="N", help="random vectors (default: 20)")
-    sweep.add_argument("--control-sites", choices=("chosen", "all"), default="chosen", help="(default: chosen)")
-    sweep.add_argument("--labels", nargs="+", metavar="LABEL", help="test with other labels, such as 1 2 3 4")
-    sweep.add_argument("--samples", type=int, default=0, metavar="N", help="answer this many open questions, too")
-    sweep.add_argument("--max-tokens", type=int, default=40, metavar="N", help="length of answers (default: 40)")
-    sweep.add_argument("--reference", action="store_true", help="print the published numbers beside these")
-    _add_rows(sweep)
-    _add_making(sweep)
-    _add_applying(sweep)
-    _add_subject(sweep)
-
-    explain = verb("explain", "Say which latents of a run's coder a vector is made of.")
-    explain.add_argument("vector", metavar="VECTOR", help="a .safetensors or .gguf file")
-    explain.add_argument("run", metavar="RUN", help="run folder")
-    explain.add_argument("--coder", metavar="CODER", help="which coder of the run, where it has several")
-    explain.add_argument("-k", type=int, default=16, metavar="N", help="pieces at most (default: 16)")
-    explain.add_argument("--json", action="store_true", help="print JSON")
-
-    convert = verb("convert", "Turn a vector into a GGUF control vector (repeng, llama.cpp), or one into a vector.")
-    convert.add_argument("source", metavar="FROM", help="a .safetensors or .gguf file")
-    convert.add_argument("target", type=Path, metavar="TO", help="a .gguf or .safetensors file")
-    convert.add_argument("--sites", metavar="TEXT", help="which sites, as numbers and ranges: 1-8,12 (default: all)")
-    convert.add_argument("--model", metavar="MODEL", help="the model of a .gguf file: it names none itself")
-    _add_subject(convert)
-
-
-_POSITIONS = "onward, last, last:K, prompt, from:I, every:K, generated or all"
-
-
-def _add_rows(parser: Any) -> None:
-    parser.add_argument("--rows", metavar="FILE", help="an A/B file to make the vector of")
-    parser.add_argument("--data", metavar="FOLDER", help="a folder of behaviours: generate/NAME/…, test/NAME/…")
-    parser.add_argument("--behaviours", nargs="+", metavar="NAME", help="which of the folder (default: all)")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N rows or pairs only")
-    parser.add_argument(
-        "--balance", choices=("none", "swap", "both"), default="none", help="of letters (default: none)"
-    )
-    parser.add_argument("--unbalanced", action="store_true", help="allow rows that nearly all match with one letter")
-    parser.add_argument(
-        "--template", default="plain", metavar="TEXT", help="plain, llama-2, hermes, chat or own with {}"
-    )
-
-
-def _add_making(parser: Any) -> None:
-    parser.add_argument("--sites", metavar="TEXT", help="all, blocks, 3, 2-8, or --sites=-1,3 (default: blocks)")
-    parser.add_argument("--state", nargs="*", metavar="COMPONENT", help="the recurrent state as well, or parts of it")
-    parser.add_argument("--method", choices=_METHODS, default="mean", help="(default: mean)")
-    parser.add_argument("--shrinkage", default="auto", metavar="X", help="of lda: auto or 0 to 1 (default: auto)")
-    parser.add_argument("--read", default="last", metavar="TEXT", help="last, answer, -1, after TEXT (default: last)")
-    parser.add_argument("--normalise", choices=("none", "unit", "rms"), default="none", help="(default: none)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default: 0)")
-
-
-def _add_applying(parser: Any) -> None:
-    parser.add_argument("--operator", choices=_OPERATORS, default="add", help="(default: add)")
-    parser.add_argument("--at", type=float, default=0.5, metavar="X", help="where clamp puts it (default: 0.5)")
-    parser.add_argument(
-        "--state-positions",
-        default="last",
-        metavar="TEXT",
-        help="before which tokens the state is edited (default: last)",
-    )
-
-
-def _add_subject(parser: Any) -> None:
-    parser.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda … (default: auto)")
-    parser.add_argument("--dtype", default="auto", metavar="TEXT", help="of the model (default: auto)")
-    parser.add_argument("--remote-code", action="store_true", help="let the model run its own Python code")
-    parser.add_argument("--other-model", action="store_true", help="allow a vector made on another model of this size")
-
 
 def run(options: argparse.Namespace) -> int:
     """Carry out the chosen verb; return the exit code."""
-    for name, least in (("limit", 1), ("samples", 0), ("controls", 0)):
-        given = vars(options).get(name)
-        if given is not None and given < least:
-            raise InputError(f"--{name} is at least {least}, got {given}")
+    _check(options)
     return {
         "vector": _vector,
         "apply": _apply,
@@ -165,29 +41,53 @@ def run(options: argparse.Namespace) -> int:
     }[options.verb](options)
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what can be told from the options alone, before a model is loaded."""
+    from exegete.steering.places import places
+    from exegete.steering.png import require_png
+    from exegete.steering.templates import template_of
+
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    least = {"limit": 1, "samples": 0, "controls": 0, "k": 1, "max_tokens": 1, "draws": 1, "seed": 0}
+    for name, smallest in least.items():
+        if name in given and given[name] < smallest:
+            flag = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is at least {smallest}, got {given[name]}")
+    for name in ("multipliers", "at", "temperature", "penalty"):
+        values = given.get(name, [])
+        if not all(math.isfinite(x) for x in (values if isinstance(values, list) else [values])):
+            raise InputError(f"--{name} takes finite numbers")
+    for name in ("positions", "state_positions"):
+        if name in given:
+            places(given[name])
+    if "template" in given:
+        template_of(given["template"])
+    if given.get("png"):
+        require_png()
+
+
 def _vector(options: argparse.Namespace) -> int:
-    from exegete.steering.latents import run_latent_vector
-    from exegete.steering.stored import save_vector
+    from exegete.steering.pairs import load_pairs
+    from exegete.steering.stored import save_vector, vector_file
 
     if sum(x is not None for x in (options.pairs, options.latent, options.rows, options.data)) != 1:
         raise InputError("a vector is made of one of --rows, --data with --behaviours, --pairs, --latent")
     if options.letters is not None and (options.pairs is not None or options.latent is not None):
         raise InputError("only rows with labelled options have a vector of the letter; leave out --letters")
+    for file in filter(None, (options.out, options.letters)):
+        vector_file(file).parent.mkdir(parents=True, exist_ok=True)
+    letters = None
     if options.latent is not None:
-        if options.model is not None:
-            raise InputError("a run knows its model; leave out MODEL with --latent")
-        vector, _ = run_latent_vector(options.latent, normalise=options.normalise)
-        letters = None
+        vector = _of_latent(options)
+    elif options.model is None:
+        raise InputError("name the MODEL to make the vector on")
+    elif options.pairs is not None:
+        pairs = load_pairs(options.pairs)[: options.limit]
+        vector = _of_pairs(_subject(options, options.model), pairs, options)
     else:
-        if options.model is None:
-            raise InputError("name the MODEL to make the vector on")
-        subject = _subject(options, options.model)
-        if options.pairs is not None:
-            vector, letters = _of_pairs(subject, options), None
-        else:
-            (behaviour,) = _behaviours(options, test=False, most=1)
-            made = _of_rows(subject, behaviour, options)
-            vector, letters = made.vector, made.letters
+        (behaviour,) = _behaviours(options, test=False, most=1)
+        made = _of_rows(_subject(options, options.model), behaviour, options)
+        vector, letters = made.vector, made.letters
     save_vector(vector, options.out)
     say(_described(vector))
     say(f"vector: {options.out}")
@@ -206,9 +106,9 @@ def _apply(options: argparse.Namespace) -> int:
 
     if not options.prompt and options.questions is None:
         raise InputError("give prompts with --prompt, or a file of open questions with --questions")
+    asked = () if options.questions is None else load_questions(options.questions)
     subject = _subject(options, options.model)
     vector = _load(options.vector, subject, options)
-    asked = () if options.questions is None else load_questions(options.questions)
     template = template_of(options.template)
     prompts = [*options.prompt, *(open_prompt(q, template, subject.tokenizer) for q in asked)]
     found = generate(
@@ -233,7 +133,8 @@ def _apply(options: argparse.Namespace) -> int:
         if options.json:
             say(json.dumps({"question": texts[sample.prompt], **dataclasses.asdict(sample)}))
         else:
-            say(f"{sample.multiplier:+g}  {texts[sample.prompt][-60:]!r} → {sample.text!r}")
+            multiplier = f"{sample.multiplier:+g}" if sample.multiplier else "0"
+            say(f"{multiplier}  {texts[sample.prompt][-60:]!r} → {sample.text!r}")
     return 0
 
 
@@ -258,6 +159,7 @@ def _sweep(options: argparse.Namespace) -> int:
             made = _of_rows(subject, behaviour, options)
             vector, letters = made.vector, given or made.letters
         rows = behaviour.test if options.labels is None else relabelled(behaviour.test, options.labels)
+        options.out.mkdir(parents=True, exist_ok=True)
         one = sweep(
             subject,
             vector,
@@ -283,7 +185,7 @@ def _sweep(options: argparse.Namespace) -> int:
         samples += _samples(subject, vector, behaviour, options, one)
     assert found is not None  # there is at least one behaviour
     facts = {"model": subject.name, "model_hash": subject.hash, "vectors": vectors, "seed": options.seed}
-    files = write_sweep(found, options.out, facts=facts, samples=samples)
+    files = write_sweep(found, options.out, facts=facts, samples=samples, png=options.png)
     say("\n".join(summary_lines(found)))
     if options.reference:
         say("\n".join(["", *reference_lines(found)]))
@@ -310,9 +212,10 @@ def _convert(options: argparse.Namespace) -> int:
         vector = load_vector(options.source)
         if options.sites is not None:
             vector = vector.only(sites=_numbers(options.sites), mode="residual")
-        export_control_vector(vector.only(mode="residual") if vector.residual else vector, options.target)
-        if vector.state.parts:
+        if vector.state.parts and vector.residual:
             say("the state part is left out: a control vector has no place for it")
+            vector = vector.only(mode="residual")
+        export_control_vector(vector, options.target)
         if 0 in vector.sites:
             say("llama.cpp reads no direction.0; for it, leave site 0 out with --sites")
     elif endings == (".gguf", ".safetensors"):
@@ -385,33 +288,30 @@ def _behaviours(options: argparse.Namespace, *, test: bool, most: int | None) ->
 
 
 def _of_rows(subject: Subject, behaviour: Behaviour, options: argparse.Namespace) -> Made:
-    from exegete.cli.bars import progress_for
     from exegete.steering.behaviour_files import balanced
     from exegete.steering.making import behaviour_vector
 
     rows = balanced(behaviour.generate[: options.limit], options.balance, seed=options.seed)
-    return behaviour_vector(
-        subject,
-        rows,
-        template=options.template,
-        source=behaviour.name,
-        unbalanced=options.unbalanced,
-        progress=progress_for(options.quiet),
-        **_making(subject, options),
-    )
+    how = _making(subject, options, behaviour.name)
+    return behaviour_vector(subject, rows, template=options.template, unbalanced=options.unbalanced, **how)
 
 
-def _of_pairs(subject: Subject, options: argparse.Namespace) -> SteeringVector:
-    from exegete.cli.bars import progress_for
+def _of_pairs(subject: Subject, pairs: Sequence[Pair], options: argparse.Namespace) -> SteeringVector:
     from exegete.steering.making import pair_vector
-    from exegete.steering.pairs import load_pairs
 
-    pairs = load_pairs(options.pairs)[: options.limit]
-    source = Path(options.pairs).name
-    return pair_vector(subject, pairs, source=source, progress=progress_for(options.quiet), **_making(subject, options))
+    return pair_vector(subject, pairs, **_making(subject, options, Path(options.pairs).name))
 
 
-def _making(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
+def _of_latent(options: argparse.Namespace) -> SteeringVector:
+    from exegete.steering.latents import run_latent_vector
+
+    if options.model is not None:
+        raise InputError("a run knows its model; leave out MODEL with --latent")
+    return run_latent_vector(options.latent, normalise=options.normalise)[0]
+
+
+def _making(subject: Subject, options: argparse.Namespace, source: str) -> VectorOptions:
+    from exegete.cli.bars import progress_for
     from exegete.subjects.sites import parse_sites
 
     try:
@@ -423,15 +323,18 @@ def _making(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
         "state": options.state is not None and (options.state or True),
         "method": options.method,
         "shrinkage": shrinkage,
+        "penalty": options.penalty,
         "read": options.read,
         "normalise": options.normalise,
+        "source": source,
+        "progress": progress_for(options.quiet),
     }
 
 
-def _swept(vector: SteeringVector, operator: str) -> tuple[Mode, ...]:
+def _swept(vector: SteeringVector, operator: Operator) -> tuple[Mode, ...]:
     """Return the modes that a vector has parts for."""
     residual, state = bool(vector.residual), bool(vector.state.parts) and operator == "add"
-    return tuple(m for m, have in zip(_MODES, (residual, state, residual and state), strict=True) if have)
+    return tuple(m for m, have in zip(MODES, (residual, state, residual and state), strict=True) if have)
 
 
 def _samples(
@@ -462,8 +365,9 @@ def _described(vector: SteeringVector) -> str:
         f", state of {len(vector.state.layers)} blocks ({', '.join(vector.components)})" if vector.components else ""
     )
     sites = f"{len(vector.sites)} sites" if len(vector.sites) != 1 else f"site {vector.sites[0]}"
-    pairs = f" of {told.n_pairs} pairs" if told.n_pairs else ""
-    return f"{told.method}{pairs} on {told.model}: {sites} of {told.d} dimensions{state}, hash {vector.hash}"
+    pairs = f"{told.n_pairs} pair{'s' if told.n_pairs > 1 else ''}" if told.n_pairs else told.source
+    made = f"{told.method} of {pairs}" if pairs else told.method
+    return f"{made} on {told.model}: {sites} of {told.d} dimensions{state}, hash {vector.hash}"
 
 
 def _composition(found: Composition) -> str:
@@ -488,8 +392,9 @@ def _numbers(text: str) -> tuple[int, ...]:
     """Return the sites in a text of numbers and ranges, without a model to know more words by."""
     found: set[int] = set()
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
             raise InputError(f"sites are numbers from 0 and ranges, such as 1-8,12; got {text!r}")
-        found.update(range(int(first), int(last or first) + 1))
+        found.update(range(first, last + 1))
     return tuple(sorted(found))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from exegete.steering.latents import latent_vector as latent_vector
     from exegete.steering.latents import run_latent_vector as run_latent_vector
     from exegete.steering.making import Made as Made
+    from exegete.steering.making import VectorOptions as VectorOptions
     from exegete.steering.making import behaviour_vector as behaviour_vector
     from exegete.steering.making import fit_vector as fit_vector
     from exegete.steering.making import pair_vector as pair_vector
@@ -62,6 +63,7 @@ _HOMES = {
     "Sample": "generating",
     "SteeringVector": "vector",
     "Sweep": "sweeping",
+    "VectorOptions": "making",
     "balanced": "behaviour_files",
     "behaviour_vector": "making",
     "behaviours": "behaviour_files",
@@ -103,6 +105,7 @@ __all__ = [
     "Sample",
     "SteeringVector",
     "Sweep",
+    "VectorOptions",
     "balanced",
     "behaviour_vector",
     "behaviours",

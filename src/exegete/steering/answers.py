@@ -212,12 +212,11 @@ def _longer(answers: Sequence[Tokens]) -> Iterator[tuple[torch.Tensor, torch.Ten
 
 
 def _batches(settings: Sequence[Setting | None]) -> Iterator[tuple[list[int], list[Setting]]]:
-    """Yield settings that can share a pass, sorted by multiplier: those of one state part and of the same sites."""
-    kinds: dict[tuple[int, tuple[int, ...]], list[tuple[int, Setting]]] = {}
+    """Yield settings that can share a pass, sorted by multiplier: those of vectors with the same parts."""
+    kinds: dict[tuple[str, ...], list[tuple[int, Setting]]] = {}
     for i, setting in enumerate(settings):
         if setting is not None and setting.multiplier != 0:
-            state = setting.vector.state
-            kinds.setdefault((id(state) if state.parts else 0, setting.vector.sites), []).append((i, setting))
+            kinds.setdefault(tuple(name for name, _ in setting.vector.parts()), []).append((i, setting))
     for held in kinds.values():
         # Vectors keep the order in which they first come, so only multipliers are sorted within one.
         order: dict[int, int] = {}

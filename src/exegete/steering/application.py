@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -37,7 +37,8 @@ def steered(
     A pass without a cache, or with one that this context has not seen, begins a sequence, and what it reads is the
     prompt; passes that go on with the cache read generated tokens. So ``subject.model.generate`` is steered where
     ``positions`` say, with a cache or without. Padding is never edited; a prompt's positions count from its first token
-    that the attention mask keeps. With the multiplier 0 nothing is hooked.
+    that the attention mask keeps. With the multiplier 0 nothing is hooked. (Where ``use_cache=False`` is said, a pass
+    over the tokens of the one before and one more goes on with it, as generating without a cache does.)
 
     Args:
         subject: The model.
@@ -101,7 +102,7 @@ class _Passes:
         self._thread = threading.get_ident()
         self._known: weakref.WeakKeyDictionary[Any, _Sequence] = weakref.WeakKeyDictionary()
         self._last: _Sequence | None = None
-        self._cached = False
+        self._listed: tuple[Any, _Sequence | None] = (None, None)
         self._within = False
         self.mask = torch.zeros((0, 0), dtype=torch.bool)
 
@@ -115,6 +116,7 @@ class _Passes:
         ]
         if base is not model:
             handles.append(base.register_forward_pre_hook(self._body, with_kwargs=True, prepend=True))
+            handles.append(base.register_forward_hook(self._handed_out))
         try:
             yield
         finally:
@@ -129,6 +131,19 @@ class _Passes:
     def _leave(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if threading.get_ident() == self._thread:
             self._within = False
+            self._handed_out(module, args, output)
+
+    def _handed_out(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Take note of the cache that a pass hands out: a pass that brings it along goes on with the sequence."""
+        if threading.get_ident() != self._thread or self._last is None:
+            return
+        named = output if isinstance(output, Mapping) else {}
+        held = list(output) if isinstance(output, tuple) else [named.get(name) for name in _CACHES]
+        for cache in held:
+            if isinstance(cache, list):  # RWKV hands its state round as a list
+                self._listed = cache, self._last
+            elif cache is not None and not isinstance(cache, tuple | torch.Tensor):
+                self._known[cache] = self._last
 
     def _body(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == self._thread and not self._within:
@@ -150,20 +165,19 @@ class _Passes:
         self.mask = self._where.mask(torch.where(kept > 0, at, -1), going.prompt) & (kept > 0)
         going.seen = at.max(dim=1).values + 1
         going.ids = given.detach() if given.ndim == 2 else None
-        self._last, self._cached = going, cache is not None
+        self._last = going
         if cache is not None and not isinstance(cache, list | tuple):
             self._known[cache] = going
 
     def _going_on(self, cache: Any, given: torch.Tensor, kwargs: dict[str, Any]) -> _Sequence | None:
         """Return the sequence that a pass goes on with, None where it begins one."""
         last = self._last
-        if last is None or len(last.seen) != len(given):
-            return self._known.get(cache) if _weak(cache) else None
-        if isinstance(cache, list | tuple):  # RWKV hands its state round as a list
-            return last
+        if isinstance(cache, list | tuple):
+            return self._listed[1] if cache is self._listed[0] else None
         if cache is not None:
-            made_within = given.shape[1] == 1 and not self._cached
-            return self._known.get(cache) or (last if made_within else None)
+            return self._known.get(cache)
+        if last is None or len(last.seen) != len(given):
+            return None
         at = next(
             (kwargs[name] for name in ("cache_position", "position_ids") if torch.is_tensor(kwargs.get(name))), None
         )
@@ -174,7 +188,3 @@ class _Passes:
             longer = given.shape[1] == ids.shape[1] + 1
             return last if longer and torch.equal(given[:, :-1], ids.to(given.device)) else None
         return None
-
-
-def _weak(cache: Any) -> bool:
-    return cache is not None and not isinstance(cache, list | tuple)

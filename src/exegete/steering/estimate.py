@@ -1,24 +1,32 @@
-"""Directions from two sets of activations, in float64: mean difference, linear discriminant, principal components.
+"""Directions from two sets of activations, in float64: mean difference, discriminant, regression, components.
 
-``positive`` and ``negative`` are [n, d] with a pair in each row. Discriminant and components never form a [d, d] matrix
-where n is smaller than d, so that they work on recurrent states of millions of numbers as long as the rows fit.
+``positive`` and ``negative`` are [n, d] with a pair in each row. None of them ever forms a [d, d] matrix where n is
+smaller than d, so that they work on recurrent states of millions of numbers as long as the rows fit.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
 
 from exegete.errors import InputError, unknown
 
-Method = Literal["mean", "lda", "pca-diff", "pca-center"]
+Method = Literal["mean", "lda", "logistic", "pca-diff", "pca-center"]
 Shrinkage = float | Literal["auto"]
 _ROUNDING = 1e-5  # of differences of float32 activations
+_RANK = 1e-12  # of the rows' size: what is smaller is no direction that they span
+_STEPS, _CLOSE, _SMALLEST = 100, 1e-10, 1e-9  # of Newton's method: at most, when it has arrived, when it is stuck
 
 
 def direction_of(
-    positive: torch.Tensor, negative: torch.Tensor, method: Method, *, shrinkage: Shrinkage = "auto"
+    positive: torch.Tensor,
+    negative: torch.Tensor,
+    method: Method,
+    *,
+    shrinkage: Shrinkage = "auto",
+    penalty: float = 1.0,
 ) -> torch.Tensor:
     """Return the direction [d] float64 from negative to positive. Raises NotFoundError for another method."""
     match method:
@@ -26,6 +34,8 @@ def direction_of(
             return mean_difference(positive, negative)
         case "lda":
             return discriminant(positive, negative, shrinkage)
+        case "logistic":
+            return logistic(positive, negative, penalty)
         case "pca-diff" | "pca-center":
             return principal(positive, negative, centred=method == "pca-diff")
         case _:
@@ -88,6 +98,47 @@ def principal(positive: torch.Tensor, negative: torch.Tensor, *, centred: bool) 
     along = differences @ found
     votes = int((along > 0).sum()) - int((along < 0).sum())
     return -found if votes < 0 or (votes == 0 and float(along.sum()) < 0) else found
+
+
+def logistic(positive: torch.Tensor, negative: torch.Tensor, penalty: float = 1.0) -> torch.Tensor:
+    """Return the weights w of a logistic regression that tells the positives from the negatives.
+
+    They minimise Σ −log p(class) + penalty/2 · |w|², with an intercept that is not penalised: the ``coef_`` of
+    scikit-learn's LogisticRegression with C = 1 / penalty. (The aggregator of steering-vectors is one with penalty 1
+    and without an intercept, at length 1.) Found by Newton's method within what the rows span, where w lies.
+
+    Raises InputError for a penalty that is not above 0, and for classes whose rows are all alike.
+    """
+    if not (math.isfinite(penalty) and penalty > 0):
+        raise InputError(f"the penalty of a logistic regression is a number above 0, got {penalty}")
+    rows = torch.cat([positive, negative]).double()
+    middle = rows.mean(dim=0)
+    _, sizes, axes = torch.linalg.svd(rows - middle, full_matrices=False)
+    axes = axes[sizes > _RANK * float(rows.norm())]
+    if not len(axes):
+        raise InputError("the texts of both classes are read alike, so nothing tells them apart; use other pairs")
+    inputs = torch.cat([(rows - middle) @ axes.T, torch.ones_like(rows[:, :1])], dim=1)
+    inputs *= torch.cat([torch.ones(len(positive)), -torch.ones(len(negative))]).to(rows)[:, None]  # so all belong > 0
+    ridge = torch.full_like(inputs[0], penalty)
+    ridge[-1] = 0.0
+
+    def loss(weights: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.softplus(-inputs @ weights).sum() + (ridge * weights**2).sum() / 2
+
+    weights = torch.zeros_like(ridge)
+    for _ in range(_STEPS):
+        wrong = torch.sigmoid(-inputs @ weights)
+        slope = ridge * weights - inputs.T @ wrong
+        curvature = inputs.T @ ((wrong * (1 - wrong))[:, None] * inputs) + torch.diag(ridge)
+        step = torch.linalg.lstsq(curvature, slope[:, None]).solution[:, 0]
+        size = 1.0
+        while loss(weights - size * step) > loss(weights) and size > _SMALLEST:
+            size /= 2
+        weights = weights - size * step if size > _SMALLEST else weights
+        if size <= _SMALLEST or float(step.norm()) <= _CLOSE * float(weights.norm()):
+            break
+    found: torch.Tensor = weights[:-1] @ axes
+    return found
 
 
 def _ledoit_wolf(rows: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from exegete.errors import InputError
 from exegete.steering.answers import ROWS_AT_ONCE, TOKENS_AT_ONCE
 from exegete.steering.operators import POSITIVE, Operator
 from exegete.steering.passes import read_on, row_edits
-from exegete.steering.places import places
+from exegete.steering.places import Places, places
 from exegete.steering.questions import Tokens, encode
 from exegete.steering.vector import SteeringVector
 from exegete.streams import stream
@@ -78,25 +78,31 @@ def generate(
         seed: Of the draws.
 
     Raises:
-        InputError: For no prompts or tokens, numbers that are not finite, a temperature below 0, or a mode that the
-            vector has no part for.
+        InputError: For no prompts or tokens, numbers that are not finite, a temperature below 0, a mode that the vector
+            has no part for, or positions at which a part of it would act nowhere (a state is edited between tokens, so
+            not at a prompt's only one).
         MismatchError: For a vector of another model.
     """
     if not prompts or max_tokens < 1 or draws < 1:
         raise InputError("give at least one prompt, one token and one draw")
     if not all(math.isfinite(value) for value in (*multipliers, temperature, at)):
         raise InputError("multipliers, temperature and the place of a clamp are finite numbers")
-    if temperature < 0 or (draws > 1 and temperature == 0):
-        raise InputError(f"several draws need a temperature above 0, got {temperature:g} for {draws}")
+    if temperature < 0:
+        raise InputError(f"a temperature is 0 (the likeliest token) or above, got {temperature:g}")
+    if draws > 1 and temperature == 0:
+        raise InputError(f"several draws need a temperature above 0, got 0 for {draws}")
     if vector is not None:
         vector.require(subject)
         vector = vector.only(sites=sites, components=components, mode=mode)
     ids = [encode(subject.tokenizer, prompt) if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
     where = places(positions), places(state_positions)
+    if vector is not None and any(multipliers):
+        _check_places(ids, where, vector, max_tokens)
     jobs = [(p, m, n) for p in range(len(ids)) for m in range(len(multipliers)) for n in range(draws)]
     found: dict[tuple[int, int, int], Tokens] = {}
     for steer in (False, True):  # at the multiplier 0 nothing is edited
         mine = [job for job in jobs if (vector is not None and multipliers[job[1]] != 0) == steer]
+        mine.sort(key=lambda job: (job[0], multipliers[job[1]], job[2]))  # so that their order does not matter
         for batch in _batches(mine, [len(tokens) for tokens in ids], max_tokens):
             tokens = torch.tensor([ids[p] for p, _, _ in batch], device=subject.device)
             edits: tuple[list[Any], list[Any]] = ([], [])
@@ -111,6 +117,19 @@ def generate(
         Sample(prompt=p, multiplier=float(multipliers[m]), draw=n, tokens=found[p, m, n], text=decode(found[p, m, n]))
         for p, m, n in jobs
     )
+
+
+def _check_places(prompts: Sequence[Tokens], where: tuple[Places, Places], vector: SteeringVector, steps: int) -> None:
+    """Raise InputError where a part of the vector acts nowhere: what is said would be as without it."""
+    parts = (("residual", where[0], 0, bool(vector.residual)), ("state", where[1], 1, bool(vector.state.parts)))
+    for i, prompt in enumerate(prompts, start=1):
+        for part, places_of, first, have in parts:
+            if have and not places_of.reaches(len(prompt), first, steps - 1):  # what is said last is not read
+                why = "a state can be edited from the second token on" if first else "counted from 0"
+                raise InputError(
+                    f"prompt {i} has no token to edit the {part} at: it is of {len(prompt)} tokens, {why}, and the "
+                    f"positions are {places_of.name}; choose others, onward, say, or mode residual or state alone"
+                )
 
 
 def _batches(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, final, get_args
+from typing import Any, Final, TypedDict, Unpack, final, get_args
 
 import torch
 
@@ -37,20 +37,41 @@ class Made:
     letters: SteeringVector | None
 
 
+@final
+class VectorOptions(TypedDict, total=False):
+    """What a vector is made of and how: options that ``fit_vector`` and what is built on it share.
+
+    Attributes:
+        sites: Where the residual stream is read, −1 for the embedding; None for every block.
+        state: Whether the recurrent state is read as well, or which components of it.
+        method: ``mean`` difference, ``lda``, ``logistic``, ``pca-diff`` or ``pca-center``; see ``estimate``.
+        read: Which tokens; see ``ReadAt``.
+        normalise: ``none`` leaves a direction as long as the method gives it; ``unit`` makes every part 1 long;
+            ``rms`` as long as the activations there are in root mean square over the texts read.
+        shrinkage: For ``lda``: ``auto``, or a number from 0 to 1.
+        penalty: For ``logistic``, above 0: scikit-learn's 1 / C.
+        source: What the pairs are, to be written down.
+        progress: How far it is.
+    """
+
+    sites: Sequence[int] | None
+    state: bool | Collection[str]
+    method: Method
+    read: str
+    normalise: Normalise
+    shrinkage: Shrinkage
+    penalty: float
+    source: str
+    progress: Progress | None
+
+
 def behaviour_vector(
     subject: Subject,
     rows: Sequence[Row],
     *,
     template: str = "plain",
-    sites: Sequence[int] | None = None,
-    state: bool | Collection[str] = False,
-    method: Method = "mean",
-    read: str = "last",
-    normalise: Normalise = "none",
-    shrinkage: Shrinkage = "auto",
-    source: str = "",
     unbalanced: bool = False,
-    progress: Progress | None = None,
+    **options: Unpack[VectorOptions],
 ) -> Made:
     """Return the vector of A/B rows: contrastive activation addition (arXiv 2312.06681, 2404.05971).
 
@@ -60,16 +81,8 @@ def behaviour_vector(
         subject: The model.
         rows: Questions with two labelled options; see ``balanced``.
         template: A name or a text; see ``template_of``.
-        sites: Where the residual stream is read, −1 for the embedding; None for every block.
-        state: Whether the recurrent state is read as well, or which components of it.
-        method: ``mean``, ``lda``, ``pca-diff`` or ``pca-center``; see ``estimate``.
-        read: Which tokens; see ``ReadAt``.
-        normalise: ``none`` leaves a direction as long as the method gives it; ``unit`` makes every part 1 long;
-            ``rms`` as long as the activations there are in root mean square over the texts read.
-        shrinkage: For ``lda``.
-        source: What the rows are, to be written down.
         unbalanced: Whether rows may nearly all match with one letter, which makes the vector one of the letter.
-        progress: How far it is.
+        **options: See ``VectorOptions``; a mean difference over every block by default.
 
     Raises:
         InputError: For rows that cannot be read as asked, or that nearly all match with one letter; a state that the
@@ -79,19 +92,7 @@ def behaviour_vector(
     found = template_of(template)
     if not unbalanced:
         _check_balance(rows)
-    return fit_vector(
-        subject,
-        label_contrasts(rows, found, subject.tokenizer),
-        sites=sites,
-        state=state,
-        method=method,
-        read=read,
-        normalise=normalise,
-        shrinkage=shrinkage,
-        source=source,
-        template=template,
-        progress=progress,
-    )
+    return fit_vector(subject, label_contrasts(rows, found, subject.tokenizer), template=template, **options)
 
 
 def _check_balance(rows: Sequence[Row]) -> None:
@@ -105,49 +106,27 @@ def _check_balance(rows: Sequence[Row]) -> None:
         )
 
 
-def pair_vector(
-    subject: Subject,
-    pairs: Sequence[Pair],
-    *,
-    sites: Sequence[int] | None = None,
-    state: bool | Collection[str] = False,
-    method: Method = "mean",
-    read: str = "last",
-    normalise: Normalise = "none",
-    shrinkage: Shrinkage = "auto",
-    source: str = "",
-    progress: Progress | None = None,
-) -> SteeringVector:
+def pair_vector(subject: Subject, pairs: Sequence[Pair], **options: Unpack[VectorOptions]) -> SteeringVector:
     """Return the vector of pairs of texts, read as they are. Options and errors as ``behaviour_vector``."""
-    return fit_vector(
-        subject,
-        text_contrasts(pairs, subject.tokenizer),
-        sites=sites,
-        state=state,
-        method=method,
-        read=read,
-        normalise=normalise,
-        shrinkage=shrinkage,
-        source=source,
-        progress=progress,
-    ).vector
+    return fit_vector(subject, text_contrasts(pairs, subject.tokenizer), **options).vector
 
 
 def fit_vector(
     subject: Subject,
     contrasts: Sequence[Contrast],
     *,
+    template: str = "",
     sites: Sequence[int] | None = None,
     state: bool | Collection[str] = False,
     method: Method = "mean",
     read: str = "last",
     normalise: Normalise = "none",
     shrinkage: Shrinkage = "auto",
+    penalty: float = 1.0,
     source: str = "",
-    template: str = "",
     progress: Progress | None = None,
 ) -> Made:
-    """Return the vector of pairs of token sequences. Options and errors as ``behaviour_vector``."""
+    """Return the vector of pairs of token sequences: what the other two are built on. See ``VectorOptions``."""
     if method not in get_args(Method):
         raise unknown("method", method, get_args(Method))
     where = tuple(range(n_blocks(subject))) if sites is None else tuple(sites)
@@ -159,7 +138,8 @@ def fit_vector(
     if method == "mean":
         directions = {name: sums.difference(name) for name in sums.names}
     else:
-        directions = {name: direction_of(*sums.rows(name), method, shrinkage=shrinkage) for name in sums.names}
+        how: dict[str, Any] = {"method": method, "shrinkage": shrinkage, "penalty": penalty}
+        directions = {name: direction_of(*sums.rows(name), **how) for name in sums.names}
     sizes = {name: sums.rms(name) for name in sums.names}
     norms = {name: float(part.norm()) for name, part in directions.items()}
     parts = {name: part.to(sums.dtypes[name]) for name, part in normalised(directions, sizes, normalise).items()}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
 
 import torch
 
-from exegete.errors import InputError
+from exegete.errors import InputError, MismatchError
 from exegete.steering.operators import POSITIVE, Operator, Steer
 from exegete.steering.places import Places
 from exegete.steering.vector import SteeringVector
 from exegete.subjects import Subject
 from exegete.subjects.edits import Edit
-from exegete.subjects.recurrent_state import AddState, StateEdit
+from exegete.subjects.recurrent_state import AddState, StateEdit, StateVector
 from exegete.subjects.running import Running
 from exegete.subjects.sites import site_point
 
@@ -28,7 +30,7 @@ def row_edits(
 ) -> tuple[list[Edit], list[StateEdit]]:
     """Return the edits of a pass in which row i is steered with vector and multiplier number ``which[i]``.
 
-    All vectors have the same sites, and one state part between them.
+    All vectors have the same sites, and state parts of the same blocks and components.
 
     Raises:
         InputError: For an operator other than ``add`` with a state part.
@@ -48,7 +50,33 @@ def row_edits(
         return edits, []
     if operator != "add":
         raise InputError(f"a vector is only added to a state, {operator} is for the residual stream; use mode residual")
-    return edits, [AddState(vector=first.state, multiplier=by)]
+    if alike:
+        return edits, [AddState(vector=first.state, multiplier=by)]
+    return edits, [_AddEach(vectors=[vector.state for vector in vectors], which=which, multipliers=by)]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _AddEach(StateEdit):
+    """Add to row i the vector number ``which[i]`` times ``multipliers[i]``; 0 changes no bit."""
+
+    vectors: Sequence[StateVector]
+    which: torch.Tensor
+    multipliers: torch.Tensor
+
+    def _about(self, have: Mapping[int, Collection[str]]) -> Mapping[int, Collection[str]]:
+        return self.vectors[0].parts
+
+    def changed(self, layer: int, component: str, value: torch.Tensor) -> torch.Tensor:
+        """Return the component with each row's vector added. Raises MismatchError for other sizes."""
+        parts = [vector.parts[layer][component] for vector in self.vectors]
+        if any(part.shape != value.shape[1:] for part in parts):
+            raise MismatchError(f"{component} of block {layer} has the sizes {tuple(value.shape[1:])} in this model")
+        distinct = {id(part): part for part in parts}
+        places = {name: i for i, name in enumerate(distinct)}
+        own = torch.tensor([places[id(part)] for part in parts])[self.which].to(value.device)
+        by = self.multipliers.to(value).reshape(-1, *(1 for _ in parts[0].shape))
+        return torch.where(by == 0, value, value + by * torch.stack(list(distinct.values())).to(value)[own])
 
 
 def read_on(

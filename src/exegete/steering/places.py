@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
+
+import torch
 
 from exegete.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
 
 _ALLOWED = "onward, last, last:K, prompt, from:I, every:K, generated, all"
 
@@ -50,10 +49,9 @@ class Places:
             return 0
         return max(0, min(length, -self.start if self.start < 0 else length - self.start))
 
-    def reaches(self, length: int, first: int = 0) -> bool:
-        """Tell whether a token of a prompt of this length is edited, at the position ``first`` or behind it."""
-        start = max(first, length - self.from_end(length))
-        return start + (-start % self.every) < length
+    def reaches(self, length: int, first: int = 0, more: int = 0) -> bool:
+        """Tell whether a token is edited at the position ``first`` or behind it, of a prompt and ``more`` after it."""
+        return bool(self.mask(torch.arange(length + more)[None], torch.tensor([length]))[0, first:].any())
 
 
 def places(text: str) -> Places:

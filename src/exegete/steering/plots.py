@@ -32,7 +32,7 @@ def curves_figure(found: Sweep, behaviour: str) -> str:
         colour = _COLOURS[i % len(_COLOURS)]
         own = [p for p in found.points if _of(p, choice)]
         plain = sorted((p for p in own if p.control == "none"), key=lambda p: p.multiplier)
-        xs = [_x(p.multiplier, low, high) for p in plain]
+        xs = [_x(p.multiplier, low, high, _MARGIN) for p in plain]
         band = [(x, _y(p.low)) for x, p in zip(xs, plain, strict=True)]
         band += [(x, _y(p.high)) for x, p in reversed(list(zip(xs, plain, strict=True)))]
         lines.append(f'<polygon points="{_points(band)}" fill="{colour}" fill-opacity="0.13"/>')
@@ -41,14 +41,15 @@ def curves_figure(found: Sweep, behaviour: str) -> str:
         nonsense = [(x, _y(p.nonsense)) for x, p in zip(xs, plain, strict=True)]
         lines.append(f'<polyline class="n" points="{_points(nonsense)}" fill="none" stroke="{colour}"/>')
         for p in (p for p in own if p.control != "none"):
-            x = _x(p.multiplier, low, high) + _aside(i, len(choices), _APART)
+            x = _x(p.multiplier, low, high, _MARGIN) + _aside(i, len(choices), _APART)
             lines.append(_mark(p.control, x, _y(p.match), colour))
             controls.add(p.control)
         lines.append(_legend(i, colour, f"{choice.mode} {choice.components}".strip() + f", site {choice.site}"))
     base = next((p.base for p in found.points if p.behaviour == behaviour), 0.5)
     lines.append(f'<line class="b" x1="{_LEFT}" x2="{_END}" y1="{_y(base):.1f}" y2="{_y(base):.1f}"/>')
-    ticks = [(f"{m:g}", _x(m, low, high)) for m in sorted(found.multipliers)]
+    ticks = [(f"{m:g}", _x(m, low, high, _MARGIN)) for m in sorted(found.multipliers)]
     lines += _key(len(choices), controls)
+    lines.append(_note("bands: 95 % over questions"))
     title = f"{behaviour}: p(match) by multiplier"
     return _figure(title, ticks, "multiplier", [(v / 4, _y(v / 4)) for v in range(5)], lines)
 
@@ -84,6 +85,7 @@ def sites_figure(found: Sweep, behaviour: str) -> str:
                 f'stroke="{colour}"><title>site {c.site}: {c.effect.value:+.3f}</title></line>'
             )
         lines.append(_legend(i, colour, f"{mode} {components}".strip()))
+    lines.append(_note("bars: 95 % over questions"))
     shown = sites[:: max(1, math.ceil(len(sites) / 16))]
     ticks = [(str(site), x_of(site)) for site in shown]
     title = f"{behaviour}: effect by site, p(match) at {max(found.multipliers):+g} minus at {min(found.multipliers):+g}"
@@ -121,6 +123,11 @@ def _legend(place: int, colour: str, text: str, style: str = ' stroke-width="2"'
     y, x = _TOP + 10 + 18 * place, _END + 14
     swatch = f'<line x1="{x}" x2="{x + 18}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}"{style}/>'
     return f'{swatch}<text x="{x + 24}" y="{y}">{html.escape(text)}</text>'
+
+
+def _note(text: str) -> str:
+    """Return words at the bottom right, below the legend."""
+    return f'<text x="{_END + 14}" y="{_HEIGHT}">{html.escape(text)}</text>'
 
 
 def _mark(control: str, x: float, y: float, colour: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ def save_vector(vector: SteeringVector, path: str | Path) -> Path:
     """
     from safetensors.torch import save
 
-    file = _file(path)
+    file = vector_file(path)
     tensors = {name: part.contiguous() for name, part in vector.parts()}
     tensors |= {f"centre.{site}": centre.contiguous() for site, centre in vector.centres.items()}
     with atomic_file(file) as stream:
@@ -60,7 +60,7 @@ def load_vector(path: str | Path, subject: Subject | None = None, *, other_model
     """
     from exegete.coders import weights
 
-    file = _file(path)
+    file = vector_file(path)
     said = read_json(file.with_suffix(".json")) if file.is_file() else None
     if said is None:
         raise NotFoundError(f"there is no steering vector {str(path)!r}")
@@ -68,14 +68,17 @@ def load_vector(path: str | Path, subject: Subject | None = None, *, other_model
         raise CorruptError(f"{file.with_suffix('.json')} is not of a steering vector")
     if said.get("format") != FORMAT:
         raise InputError(f"{file} has format {said.get('format')}, this exegete reads {FORMAT}; upgrade exegete")
-    tensors = {name: _plain(tensor, name, file) for name, tensor in weights.tensors(file).items()}
+    stored = weights.tensors(file)
+    tensors = {name: _plain(tensor, name, file) for name, tensor in stored.items()}
     try:
         residual, state, centres = joined(tensors)
         vector = SteeringVector(residual=residual, state=state, centres=centres, about=_about(said, file))
     except InputError as error:
         raise CorruptError(f"{file}: {error}") from error
     if vector.hash != said.get("hash"):
-        raise CorruptError(f"{file} and the .json beside it do not belong together: the hash differs")
+        raise CorruptError(
+            f"{file} and the .json beside it do not belong together: the hash differs{_rounded(stored.values())}"
+        )
     return vector if subject is None else fitted(vector, subject, other_model=other_model)
 
 
@@ -87,7 +90,8 @@ def fitted(vector: SteeringVector, subject: Subject, *, other_model: bool = Fals
     return vector
 
 
-def _file(path: str | Path) -> Path:
+def vector_file(path: str | Path) -> Path:
+    """Return the file that a vector has at a path. Raises InputError for another ending than .safetensors."""
     file = Path(path).expanduser()
     if file.suffix != _ENDING:
         raise InputError(f"a steering vector's file ends in {_ENDING}, got {str(path)!r}")
@@ -97,7 +101,17 @@ def _file(path: str | Path) -> Path:
 def _plain(tensor: torch.Tensor, name: str, file: Path) -> torch.Tensor:
     if not tensor.is_floating_point():
         raise CorruptError(f"{file}: {name} is of type {tensor.dtype}, which are no real numbers")
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor
+
+
+def _rounded(tensors: Collection[torch.Tensor]) -> str:
+    """Return the likely cause of another hash where a vector was turned into fewer bits by hand: it is another one."""
+    kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors} - {"float32", "float64"})
+    if not kinds:
+        return ""
+    return (
+        f" (the hash is of the values, and those in {', '.join(kinds)} are rounded; write the vector with save_vector)"
+    )
 
 
 def _about(said: Mapping[str, Any], file: Path) -> About:

@@ -85,7 +85,7 @@ class Curve:
         effect: Mean of match at the largest multiplier minus that at the smallest.
         slope: Of match per multiplier, and ``spearman`` of both, for multipliers up to 1.5.
         random: How many random vectors there are; ``random_mean`` and ``random_most`` are the mean and the largest
-            |effect| of them, NaN without.
+            |effect| of them, NaN without; ``random_as_large`` is how many have an |effect| as large as this one.
         letters: Effect of the vector of the letter, made as long; NaN without.
     """
 
@@ -100,6 +100,7 @@ class Curve:
     random: int = 0
     random_mean: float = float("nan")
     random_most: float = float("nan")
+    random_as_large: int = 0
     letters: float = float("nan")
 
 
@@ -199,6 +200,8 @@ def sweep(
     if places(positions).start is None or places(state_positions).start is None:
         raise InputError("a sweep scores what comes after the prompt; edit prompt tokens too, at onward or last, say")
     put, kinds = _questions(rows, template, subject), tuple(_kinds(vector, modes, per_component, sites))
+    if operator != "add" and any(kind.part.state.parts for kind in kinds):
+        raise InputError(f"a vector is only added to a state, {operator} is for the residual stream; use mode residual")
     _check_places(put, kinds, positions, state_positions)
     if letters is not None:
         letters.require(subject)
@@ -448,7 +451,11 @@ class _Sweeper:
             effects.append(abs(float((match[at][1] - match[at][0]).mean())))
         if effects:
             curve = dataclasses.replace(
-                curve, random=controls, random_mean=float(np.mean(effects)), random_most=float(np.max(effects))
+                curve,
+                random=controls,
+                random_mean=float(np.mean(effects)),
+                random_most=float(np.max(effects)),
+                random_as_large=sum(effect >= abs(curve.effect.value) for effect in effects),
             )
         if letters is not None:
             components = tuple(filter(None, kind.components.split("+"))) or None

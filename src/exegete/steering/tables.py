@@ -1,4 +1,4 @@
-"""What a sweep writes: tidy tables as CSV, everything as JSON, continuations as JSON lines, figures as SVG."""
+"""What a sweep writes: tidy tables as CSV, everything as JSON, continuations as JSON lines, figures as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from exegete.files import write_json, write_text
+from exegete.files import atomic_file, write_json, write_text
 from exegete.steering.effects import Estimate
 from exegete.steering.open_ended import OpenAnswer
 from exegete.steering.plots import curves_figure, sites_figure
+from exegete.steering.png import png_of, require_png
 from exegete.steering.sweeping import Sweep
 
 FORMAT = 1
@@ -26,14 +27,19 @@ def write_sweep(
     *,
     facts: Mapping[str, Any] | None = None,
     samples: Sequence[OpenAnswer] = (),
+    png: bool = False,
 ) -> list[Path]:
     """Write a sweep into a folder, each file atomically; return the files.
 
     ``points.csv`` has a row for every setting, ``curves.csv`` for every site and mode, ``questions.csv`` for every
     question in every setting without a control, ``choices.csv`` for every held-out choice; ``sweep.json`` holds all
     but the third, with ``facts`` (what was run on what); ``samples.jsonl`` the answers to open
-    questions; ``curves-BEHAVIOUR.svg`` and ``sites-BEHAVIOUR.svg`` are the figures.
+    questions; ``curves-BEHAVIOUR.svg`` and ``sites-BEHAVIOUR.svg`` are the figures, with ``png`` as .png beside them.
+
+    Raises MissingExtraError for PNG without matplotlib, before anything is written.
     """
+    if png:
+        require_png()
     place = Path(folder).expanduser()
     tables = {
         "points": [dataclasses.asdict(point) for point in found.points],
@@ -55,9 +61,20 @@ def write_sweep(
     for behaviour in dict.fromkeys(curve.behaviour for curve in found.curves):
         ending = f"-{_name(behaviour)}" if behaviour else ""
         for name, draw in (("curves", curves_figure), ("sites", sites_figure)):
-            write_text(place / f"{name}{ending}.svg", draw(found, behaviour))
-            written.append(place / f"{name}{ending}.svg")
+            written += _figure(place / f"{name}{ending}", draw(found, behaviour), png=png)
     return written
+
+
+def _figure(place: Path, svg: str, *, png: bool) -> Iterator[Path]:
+    """Write a figure beside its tables; yield the files."""
+    file = place.with_name(f"{place.name}.svg")
+    write_text(file, svg)
+    yield file
+    if png:
+        picture = place.with_name(f"{place.name}.png")
+        with atomic_file(picture) as stream:
+            stream.write(png_of(svg))
+        yield picture
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -74,24 +91,33 @@ def summary_lines(found: Sweep) -> list[str]:
     """Return what a sweep found, for people: each mode's chosen site with effect, controls and held-out effect."""
     lines = []
     for choice in found.choices:
-        curve = next(
-            c
-            for c in found.curves
-            if (c.behaviour, c.site, c.mode, c.components)
-            == (choice.behaviour, choice.site, choice.mode, choice.components)
-        )
+        key = (choice.behaviour, choice.site, choice.mode, choice.components)
+        curve = next(c for c in found.curves if (c.behaviour, c.site, c.mode, c.components) == key)
+        own = [p for p in found.points if (p.behaviour, p.site, p.mode, p.components) == key and p.control == "none"]
         name = " ".join(filter(None, (choice.behaviour, choice.mode, choice.components)))
-        parts = [
-            f"effect {_text(curve.effect)}",
-            f"held out {_text(choice.held_out)} on {choice.n_held_out} of {curve.n}",
-            f"slope {_text(curve.slope)}",
-            f"Spearman {curve.spearman.value:.2f}",
-        ]
+        lines.append(
+            f"{name}, site {choice.site}: effect {_text(curve.effect)}; held out {_text(choice.held_out)} on "
+            f"{choice.n_held_out} of {curve.n}"
+        )
+        lines.append(
+            f"    p(match) {own[0].base:.3f} unsteered; slope {_text(curve.slope)}, "
+            f"Spearman {curve.spearman.value:.2f}; nonsense {own[0].base_nonsense:.2f} unsteered, "
+            f"{max(p.nonsense for p in own):.2f} at most"
+        )
+        parts = []
         if curve.random:
-            parts.append(f"{curve.random} random |effect| mean {curve.random_mean:.3f}, most {curve.random_most:.3f}")
+            parts.append(
+                f"{curve.random} random vectors: |effect| mean {curve.random_mean:.3f}, most {curve.random_most:.3f}, "
+                f"{curve.random_as_large} as large as this"
+            )
         if not math.isnan(curve.letters):
             parts.append(f"letter vector {curve.letters:+.3f}")
-        lines.append(f"{name}, site {choice.site}: " + "; ".join(parts))
+        lines.append(f"    as long: {'; '.join(parts)}" if parts else "    no controls")
+    low, high = min(found.multipliers), max(found.multipliers)
+    lines.append(
+        f"effect: p(match) at {high:+g} minus at {low:+g}; held out: on the half of the questions that the site was "
+        "not chosen on; in brackets 95 % intervals, questions resampled"
+    )
     return lines
 
 

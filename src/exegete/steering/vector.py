@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, final
 
 import torch
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Normalise = Literal["none", "unit", "rms"]
 NO_STATE = StateVector({})
+_Key = TypeVar("_Key", int, str)
 
 
 @final
@@ -67,7 +68,7 @@ class About:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SteeringVector:
-    """Directions to steer with, float32 on the CPU; float64 the parts of a state that the model keeps so.
+    """Directions to steer with, float32 on the CPU; float64 where given so, as are states that a model keeps so.
 
     Attributes:
         residual: By site, [d].
@@ -82,6 +83,11 @@ class SteeringVector:
     centres: Mapping[int, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("residual", "centres"):
+            object.__setattr__(self, name, _held(getattr(self, name)))
+        state = {layer: _held(part) for layer, part in self.state.parts.items()}
+        if any(held is not self.state.parts[layer] for layer, held in state.items()):
+            object.__setattr__(self, "state", StateVector(state))
         if not self.residual and not self.state.parts:
             raise InputError("a steering vector has a residual part, a state part, or both; this has none")
         for site, vector in (*self.residual.items(), *self.centres.items()):
@@ -114,7 +120,7 @@ class SteeringVector:
 
     @property
     def hash(self) -> str:
-        """Content hash of all parts, 16 hex digits."""
+        """Content hash of all parts by their values, 16 hex digits; the same whatever precision they were given in."""
         found = hashlib.sha256()
         for name, part in (*self.parts(), *((f"centre.{s}", self.centres[s]) for s in sorted(self.centres))):
             found.update(f"{name} {part.dtype} {list(part.shape)}".encode())
@@ -139,6 +145,8 @@ class SteeringVector:
             raise NotFoundError(f"the vector has nothing at site {absent[0]}; it has the sites {have}")
         residual = {s: v for s, v in self.residual.items() if mode != "state" and (sites is None or s in sites)}
         layers = [i for i in self.state.layers if sites is None or i in sites]
+        if components is not None and mode != "residual" and not layers:
+            raise InputError(f"no {', '.join(sorted(components))} to choose: {self._lacking('state ', sites)}")
         state = self.state.only(layers=layers, components=components) if mode != "residual" and layers else NO_STATE
         if not residual and not state.parts:
             raise InputError(self._lacking("" if mode == "both" else f"{mode} ", sites))
@@ -189,6 +197,15 @@ class SteeringVector:
                 f"the vector was made on {self.about.model} (hash {self.about.model_hash}), not on {subject.name} "
                 f"(hash {subject.hash}); load it with other_model=True (--other-model) if that is meant"
             )
+
+
+def _held(parts: Mapping[_Key, torch.Tensor]) -> Mapping[_Key, torch.Tensor]:
+    """Return parts as they are kept, the same object where they are so already; float16 and bfloat16 lose nothing."""
+    held = {
+        name: part.detach().to("cpu", torch.float64 if part.dtype == torch.float64 else torch.float32)
+        for name, part in parts.items()
+    }
+    return parts if all(held[name] is part for name, part in parts.items()) else held
 
 
 def width(subject: Subject) -> int:
