@@ -75,7 +75,7 @@ class StateReader:
                     running.feed(column)
                 here = batch.keep[:, at].nonzero()[:, 0]
                 if len(here):
-                    self._put(running.state(), here, within[here, at - start], held, int(keep.sum()))
+                    self._put(running.state(self.sites), here, within[here, at - start], held, int(keep.sum()))
             if held:
                 yield places[:, start:stop][keep], held
 

@@ -9,7 +9,7 @@ Rows have one length and are never padded: a recurrent state has no notion of pa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -131,9 +131,12 @@ class Running:
         other._done = tuple(done.of(at) for done in self._done)
         return other
 
-    def state(self) -> State:
-        """Return a copy of the recurrent state; one without blocks for a model of nothing but attention."""
-        return State({} if self._memory is None else self._memory.read())
+    def state(self, layers: Collection[int] | None = None) -> State:
+        """Return a copy of the recurrent state, of all blocks that carry one or of ``layers`` alone.
+
+        It has no blocks for a model of nothing but attention.
+        """
+        return State({} if self._memory is None else self._memory.read(layers))
 
     @torch.no_grad()
     def edit(self, *edits: StateEdit) -> int:
