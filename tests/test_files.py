@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -131,3 +132,13 @@ def test_a_file_that_does_not_tell_its_size_is_bounded_too(tmp_path: Path) -> No
     os.symlink("/dev/zero", tmp_path / "config.json")
     with pytest.raises(CorruptError, match="larger than the 100 bytes"):
         files.read_json(tmp_path / "config.json", most_bytes=100)
+
+
+def test_a_file_that_cannot_be_written_is_named_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**options: object) -> tuple[int, str]:
+        raise PermissionError(errno.EACCES, "Permission denied", "/there/.a.json.x.tmp")
+
+    monkeypatch.setattr("exegete.files.tempfile.mkstemp", refused)
+    with pytest.raises(PermissionError) as error:
+        files.write_text(tmp_path / "a.json", "")
+    assert error.value.filename == str(tmp_path / "a.json")

@@ -66,7 +66,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     The folder is made when missing. An exception inside the context leaves the old file as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        error.filename = str(path)  # not the temporary, which nobody asked for
+        raise
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream
