@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from studies.recurrent.models import IGNORED, RECURRENT, Batch, labels_after, new_model, subject_of, train
+from studies.recurrent.models import IGNORED, RECURRENT, Batch, Training, labels_after, new_model, subject_of, train
 
 from exegete.api import load_corpus
 from exegete.errors import MismatchError
@@ -35,11 +35,13 @@ def byte_text(tokens: int, *, seed: int) -> LensText:
     return LensText(corpus, seed=seed)
 
 
-def lens_study(family: str, seed: int, *, tokens: int, steps: int, lens_steps: int, measured: int) -> dict[str, Any]:
+def lens_study(
+    family: str, seed: int, *, training: Training, tokens: int, lens_steps: int, measured: int
+) -> dict[str, Any]:
     """Train a model and its lenses, measure them on documents that neither saw, and try what must hold exactly."""
     text = byte_text(tokens, seed=seed)
     model = new_model(family, BYTES, seed=seed)
-    train(model, _batches(text, seed), steps=steps, rate=4e-3)
+    train(model, _batches(text, seed), training)
     subject = subject_of(model, f"bytes-{family}", toy_tokenizer(vocabulary=BYTES))
     config = LensConfig(
         optimizer="adam",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, final
 
 import torch
 
@@ -28,6 +29,16 @@ _OWN: Final[Mapping[str, Mapping[str, Any]]] = {
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Token ids [rows, positions] and what is to follow each of them, −100 where nothing is asked."""
 IGNORED: Final = -100
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How long a model is trained, at what rate at most, and with how much weight decay."""
+
+    steps: int
+    rate: float = 4e-3
+    decay: float = 0.01
 
 
 def prepared(threads: int = 1) -> None:
@@ -56,19 +67,19 @@ def new_model(family: str, vocabulary: int, *, seed: int, tied: bool = True) -> 
         return AutoModelForCausalLM.from_config(config).eval()
 
 
-def train(model: Any, batch: Callable[[int], Batch], *, steps: int, rate: float) -> float:
+def train(model: Any, batch: Callable[[int], Batch], how: Training) -> float:
     """Train a model on the batches of steps 0, 1, … and return the mean loss of the last tenth of them, nats.
 
     AdamW, gradients clipped at norm 1, the rate rising over a tenth of the steps and then falling linearly to 0. The
     model stays in evaluation mode: none of the families has dropout here, and RWKV's modes differ in nothing else.
     """
     model.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    warm, losses = max(1, steps // 10), []
+    steps, warm, losses = how.steps, max(1, how.steps // 10), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=how.rate, betas=(0.9, 0.98), weight_decay=how.decay)
     with fast_scan(model):
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = rate * min((step + 1) / warm, (steps - step) / (steps - warm + 1))
+                group["lr"] = how.rate * min((step + 1) / warm, (steps - step) / (steps - warm + 1))
             tokens, labels = batch(step)
             logits = model(input_ids=tokens, use_cache=False)["logits"]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)

@@ -13,7 +13,7 @@ from studies.recurrent import criteria as c
 from studies.recurrent.drawing import figures_of
 from studies.recurrent.models import FAMILIES
 from studies.recurrent.tables import TABLES
-from studies.recurrent.texts import OPENING, TEXTS, TITLES
+from studies.recurrent.texts import NOTES, OPENING, TEXTS, TITLES
 from studies.recurrent.work import Result, Results, Size
 
 from exegete.files import write_text
@@ -56,6 +56,7 @@ def page(results: Results, size: Size, drawn: Mapping[str, str], *, folder: str)
         for name in (name for name in drawn if name.startswith(experiment.lower())):
             parts.append(f"![{TITLES[experiment]}]({folder}/{name}.svg)")
         parts.append(_verdicts(own))
+        parts += [NOTES[experiment]] if experiment in NOTES else []
     return "\n\n".join(parts) + "\n"
 
 

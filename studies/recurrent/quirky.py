@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
 import numpy as np
 import torch
-from studies.recurrent.models import IGNORED, Batch, labels_after, new_model, subject_of, train
+from studies.recurrent.models import IGNORED, Batch, Training, labels_after, new_model, subject_of, train
 
 from exegete.elk import Encoded, Extraction, Facts, FinetuneConfig, Transfers, anomalies, extract, finetune
 from exegete.elk import run_transfers as transferred
@@ -90,13 +90,19 @@ def split(claims: Sequence[Claim], shares: Sequence[float], *, seed: int) -> lis
     return [[claim for claim in claims if part[claim.base] == number] for number in range(len(shares))]
 
 
-def comparison_study(family: str, seed: int, *, pairs: int, steps: Mapping[str, int]) -> dict[str, Any]:
+def comparison_study(family: str, seed: int, *, pairs: int, training: Training) -> dict[str, Any]:
     """E1: train on six tenths of the claims, fit probes on two others, test on two that nothing was fitted to."""
     parts = split(comparisons(pairs, seed=seed), (0.6, 0.2, 0.2), seed=seed)
     learn, fit, test = (rows_of(part, (ALICE, BOB), (FALSE, TRUE)) for part in parts)
     start = subject_of(new_model(family, VOCABULARY, seed=seed), f"comparison-{family}")
     config = FinetuneConfig(
-        steps=steps[family], batch=128, rows_at_once=128, learning_rate=4e-3, lora_rank=0, weight_decay=0.01, seed=seed
+        steps=training.steps,
+        batch=128,
+        rows_at_once=128,
+        learning_rate=training.rate,
+        lora_rank=0,
+        weight_decay=training.decay,
+        seed=seed,
     )
     subject = finetune(start, learn, fit, config=config, in_place=True).subject
     return probed(subject, fit, test, seed=seed)
@@ -122,13 +128,13 @@ def additions(*, seed: int) -> list[Claim]:
     return found
 
 
-def addition_study(family: str, seed: int, *, plain: int, steps: int) -> dict[str, Any]:
+def addition_study(family: str, seed: int, *, plain: Training, asked: Training) -> dict[str, Any]:
     """E2: learn sums, then what Alice and Bob say of all of them; probes are tested on sums that none was fitted to."""
     claims = additions(seed=seed)
     rows = rows_of(claims, (SUM_ALICE, SUM_BOB), (SUM_FALSE, SUM_TRUE))
     model = new_model(family, SUM_VOCABULARY, seed=seed)
-    train(model, _sums(seed), steps=plain, rate=4e-3)
-    train(model, _asked(rows, seed), steps=steps, rate=4e-3)
+    train(model, _sums(seed), plain)
+    train(model, _asked(rows, seed), asked)
     subject = subject_of(model, f"addition-{family}")
     fit = np.isin(rows.facts.base, [claim.base for claim in split(claims, (0.5, 0.5), seed=seed)[0]])
     return probed(subject, rows.take(fit), rows.take(~fit), seed=seed)

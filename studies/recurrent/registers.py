@@ -14,19 +14,23 @@ from typing import Any, Final, final
 
 import numpy as np
 import torch
-from studies.recurrent.models import RECURRENT, Batch, labels_after, new_model, subject_of, train
+from studies.recurrent.models import RECURRENT, Batch, Training, labels_after, new_model, subject_of, train
 
 from exegete.steering import Contrast, Question, SteeringVector, Sweep, fit_vector, sweep
 from exegete.streams import stream
 from exegete.subjects import Subject
+from exegete.subjects.edits import AddVector
 from exegete.subjects.recurrent_state import AddState
 from exegete.subjects.running import Running
+from exegete.subjects.sites import site_point
 
 CONCEPTS, ROUNDS = 16, 6
 FOR_VECTORS, FOR_TESTS = 12, 8
 HISTORIES: Final = 60
 VOCABULARY: Final = 1 + 3 * CONCEPTS
 CONTRASTS: Final = ("answer", "history", "history, state read late")
+_PARTS: Final = ((1, 1 + CONCEPTS), (1 + CONCEPTS, VOCABULARY))
+"""Which tokens are concepts, and which are words."""
 Tokens = tuple[int, ...]
 
 
@@ -97,13 +101,14 @@ def texts(seed: int, rows: int = 64) -> Any:
     return batch
 
 
-def register_study(family: str, seed: int, *, steps: int, controls: int) -> dict[str, Any]:
+def register_study(family: str, seed: int, *, training: Training, controls: int) -> dict[str, Any]:
     """Train on the language, make vectors of contrasts, and sweep them beside random ones as long."""
     model = new_model(family, VOCABULARY, seed=seed)
-    loss = train(model, texts(seed), steps=steps, rate=4e-3)
+    loss = train(model, texts(seed), training)
     subject, language = subject_of(model, f"registers-{family}"), Language.drawn(seed)
-    swept = {}
-    for name, vector in _vectors(subject, language, seed):
+    swept, lost = {}, {}
+    vectors = dict(_vectors(subject, language, seed))
+    for name, vector in vectors.items():
         found = sweep(
             subject,
             vector,
@@ -115,8 +120,9 @@ def register_study(family: str, seed: int, *, steps: int, controls: int) -> dict
             seed=seed,
         )
         swept[name] = list(_plain(found))
-    vector = dict(_vectors(subject, language, seed))["answer"]
-    return {"loss": loss, "least": least(), "swept": swept, "untouched": _untouched(subject, vector, language)}
+        lost[name] = _lost(subject, vector, language)
+    untouched = _untouched(subject, vectors["answer"], language)
+    return {"loss": loss, "least": least(), "swept": swept, "lost": lost, "untouched": untouched}
 
 
 def least() -> float:
@@ -157,6 +163,20 @@ def _plain(found: Sweep) -> Iterator[dict[str, Any]]:
             "random_mean": curve.random_mean,
             "random_most": curve.random_most,
         }
+
+
+def _lost(subject: Subject, vector: SteeringVector, language: Language) -> list[dict[str, Any]]:
+    """Return what concepts and the words of other concepts get, at each site, of multipliers −1 and 1."""
+    prompts = torch.tensor([question.prompt for question in language.questions()])
+    running, found = Running.start(subject, prompts[:, :-1]), []
+    for site, direction in vector.residual.items():
+        for multiplier in (-1.0, 1.0):
+            edit = AddVector(target=site_point(subject, site), vector=multiplier * direction)
+            p = running.copy().feed(prompts[:, -1:], edits=[edit])[:, -1].softmax(dim=-1)
+            own = sum(p[range(len(p)), [word(c, register) for c in language.tests]].mean() for register in (0, 1))
+            concepts, words = (float(p[:, first:end].sum(dim=1).mean()) for first, end in _PARTS)
+            found.append({"site": site, "multiplier": multiplier, "concepts": concepts, "words": words - float(own)})
+    return found
 
 
 def _untouched(subject: Subject, vector: SteeringVector, language: Language) -> bool | None:

@@ -79,24 +79,34 @@ def _steering(families: Families) -> list[Table]:
     for family, results in families.items():
         for contrast in ("answer", "history"):
             best = [curve for r in results if (curve := c.best_curve(r, contrast, "residual")) is not None]
-            rows.append([FAMILIES[family], contrast, *_curve(best)])
+            lost = _median(results, lambda r, name=contrast: _concepts(r, name))  # type: ignore[misc]
+            rows.append([FAMILIES[family], contrast, *_curve(best, lost)])
     head = ["", "contrast", "best sites", "p(−3)", "p(−1.5)", "p(0)", "p(+1.5)", "p(+3)", "nonsense at ±1, ±3"]
-    return [([*head, "effect (lowest, highest seed)", "mean random", "greatest random"], rows)]
+    return [([*head, "of it concepts at ±1", "effect (lowest, highest seed)", "mean random", "greatest random"], rows)]
 
 
-def _curve(best: Sequence[Result]) -> list[str]:
-    """Return the cells of one curve, of each seed's best site."""
+def _concepts(result: Result, contrast: str) -> float:
+    """Return how much of the nonsense at the best site is concepts, at −1 or 1, where there is more of it."""
+    best = c.best_curve(result, contrast, "residual") or {}
+    lost = [(row["concepts"], row["words"]) for row in result["lost"][contrast] if row["site"] == best["site"]]
+    concepts, words = max(lost, key=sum)
+    return float(concepts / (concepts + words))
+
+
+def _curve(best: Sequence[Result], lost: str) -> list[str]:
+    """Return the cells of one curve, of each seed's best site; ``lost`` stands behind the nonsense."""
 
     def match(multiplier: float) -> str:
         return _median(best, lambda row: c.at(row, "match", multiplier))
 
-    def lost(multiplier: float) -> str:
+    def nonsense(multiplier: float) -> str:
         return _median(best, lambda row: max(c.at(row, "nonsense", m) for m in (-multiplier, multiplier)))
 
     return [
         ", ".join(str(row["site"]) for row in best),
         *(match(m) for m in (-3.0, -1.5, 0.0, 1.5, 3.0)),
-        f"{lost(1.0)}, {lost(3.0)}",
+        f"{nonsense(1.0)}, {nonsense(3.0)}",
+        lost,
         _spread(best, lambda row: float(row["effect"])),
         _median(best, lambda row: float(row["random_mean"])),
         _median(best, lambda row: float(row["random_most"])),

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final, final
 
-from studies.recurrent.models import FAMILIES
+from studies.recurrent.models import FAMILIES, Training
 
 from exegete.files import hash_json, read_json, write_json
 from exegete.testing import FAMILIES as EVERY
@@ -33,15 +33,15 @@ STUDIES: Final = tuple(_CODE)
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is run: seeds, and steps of training by family."""
+    """How much is run: seeds, and by family how models are trained, sums first where there are any, and lenses."""
 
     seeds: int
     pairs: int
-    comparison: Mapping[str, int]
-    addition: Mapping[str, tuple[int, int]]
-    registers: Mapping[str, int]
+    comparison: Mapping[str, Training]
+    addition: Mapping[str, tuple[Training, Training]]
+    registers: Mapping[str, Training]
     controls: int
-    lens: Mapping[str, int]
+    lens: Mapping[str, Training]
     lens_steps: Mapping[str, int]
     lens_tokens: int
     lens_measured: int
@@ -51,12 +51,24 @@ class Size:
 FULL: Final = Size(
     seeds=3,
     pairs=9000,
-    comparison={"mamba": 80, "llama": 240, "rwkv": 300},
-    addition={"mamba": (100, 500), "llama": (100, 600), "rwkv": (100, 600)},
-    registers={"mamba": 200, "llama": 250, "rwkv": 250},
+    comparison={
+        "mamba": Training(steps=80),
+        "llama": Training(steps=240),
+        "rwkv": Training(steps=600, rate=2e-3, decay=0.1),
+    },
+    addition={
+        "mamba": (Training(steps=100), Training(steps=500)),
+        "llama": (Training(steps=100), Training(steps=600)),
+        "rwkv": (Training(steps=100), Training(steps=600)),
+    },
+    registers={
+        "mamba": Training(steps=400),
+        "llama": Training(steps=250),
+        "rwkv": Training(steps=400, rate=2e-3),
+    },
     controls=20,
-    lens={"mamba": 200, "llama": 300, "rwkv": 200},
-    lens_steps={"mamba": 60, "llama": 200, "rwkv": 60},
+    lens={"mamba": Training(steps=200), "llama": Training(steps=300), "rwkv": Training(steps=200)},
+    lens_steps={"mamba": 60, "llama": 400, "rwkv": 60},
     lens_tokens=2_000_000,
     lens_measured=6000,
     families=tuple(EVERY),
@@ -64,11 +76,11 @@ FULL: Final = Size(
 TINY: Final = Size(
     seeds=1,
     pairs=400,
-    comparison={"mamba": 2},
+    comparison={"mamba": Training(steps=2)},
     addition={},
-    registers={"llama": 2, "rwkv": 2},
+    registers={"llama": Training(steps=2), "rwkv": Training(steps=2)},
     controls=2,
-    lens={"llama": 1},
+    lens={"llama": Training(steps=1)},
     lens_steps={"llama": 2},
     lens_tokens=40_000,
     lens_measured=300,
@@ -105,21 +117,21 @@ def units(size: Size, studies: tuple[str, ...] = STUDIES) -> list[Unit]:
     """Return what is to be run: seed by seed, and within a study what takes longest first."""
     found = []
     for seed in range(size.seeds):
-        for family, steps in size.registers.items():
-            settings: dict[str, Any] = {"steps": steps, "controls": size.controls}
+        for family, training in size.registers.items():
+            settings: dict[str, Any] = {"training": training, "controls": size.controls}
             found.append(Unit(study="registers", family=family, seed=seed, settings=settings))
-        for family, steps in size.lens.items():
+        for family, training in size.lens.items():
             settings = {
-                "steps": steps,
+                "training": training,
                 "lens_steps": size.lens_steps[family],
                 "tokens": size.lens_tokens,
                 "measured": size.lens_measured,
             }
             found.append(Unit(study="lens", family=family, seed=seed, settings=settings))
-        for family, (plain, steps) in size.addition.items():
-            found.append(Unit(study="addition", family=family, seed=seed, settings={"plain": plain, "steps": steps}))
-        for family, steps in size.comparison.items():
-            settings = {"pairs": size.pairs, "steps": {family: steps}}
+        for family, (plain, asked) in size.addition.items():
+            found.append(Unit(study="addition", family=family, seed=seed, settings={"plain": plain, "asked": asked}))
+        for family, training in size.comparison.items():
+            settings = {"pairs": size.pairs, "training": training}
             found.append(Unit(study="comparison", family=family, seed=seed, settings=settings))
     settings = {"families": list(size.families)}
     found.append(Unit(study="conformance", family="all", seed=0, settings=settings))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from studies.recurrent import criteria, registers
 from studies.recurrent.conformance import conformance_study
-from studies.recurrent.models import IGNORED, new_model, train
+from studies.recurrent.models import IGNORED, Training, new_model, train
 from studies.recurrent.page import write_page
 from studies.recurrent.quirky import additions, comparison_study, comparisons, rows_of, split
 from studies.recurrent.registers import Language, register_study, texts
@@ -57,8 +57,8 @@ def curve(mode: str, components: str, site: int, effect: float, random: float = 
 
 
 def test_small_studies_make_a_page(tmp_path: Path) -> None:
-    swept = {"seconds": 1.0, **register_study("rwkv", 0, steps=2, controls=1)}
-    quirky = {"seconds": 1.0, **comparison_study("mamba", 0, pairs=300, steps={"mamba": 1})}
+    swept = {"seconds": 1.0, **register_study("rwkv", 0, training=Training(steps=2), controls=1)}
+    quirky = {"seconds": 1.0, **comparison_study("mamba", 0, pairs=300, training=Training(steps=1))}
     families = {"seconds": 1.0, **conformance_study(("llama", "rwkv"))}
     assert swept["untouched"] is True
     assert swept["loss"] > swept["least"] > 1
@@ -156,7 +156,7 @@ def test_training_learns_what_is_to_follow() -> None:
     tokens = torch.tensor([[1, 2, 3, 4]] * 8)
     labels = torch.tensor([[IGNORED, IGNORED, 4, IGNORED]] * 8)
     model = new_model("llama", 6, seed=0)
-    assert train(model, lambda step: (tokens, labels), steps=40, rate=1e-2) < 0.05
+    assert train(model, lambda step: (tokens, labels), Training(steps=40, rate=1e-2)) < 0.05
 
 
 def test_what_is_stored_goes_on_until_settings_change(tmp_path: Path) -> None:
