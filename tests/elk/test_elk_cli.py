@@ -100,6 +100,8 @@ def test_refusals_are_one_line(folder: Path, tmp_path: Path) -> None:
         (("extract", model, data, "--out", out, "--sites", "7", "--device", "cpu"), NotFoundError, "sites"),
         (("probe", str(tmp_path), "--out", out), NotFoundError, "elk extract"),
         (("probe", str(tmp_path), "--out", out, "--intervene", "1"), InputError, "--model"),
+        (("probe", str(tmp_path), "--out", out, "--model", "m"), InputError, "are for --intervene"),
+        (("probe", str(tmp_path), "--out", out, "--data", "d"), InputError, "are for --intervene"),
     ):
         with pytest.raises(ExegeteError, match=told) as error:
             run(*arguments)

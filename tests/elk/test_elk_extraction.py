@@ -114,6 +114,8 @@ def test_an_extraction_comes_back_and_is_refused_where_it_does_not_fit(toys: Any
     np.testing.assert_array_equal(again.facts.base, found.facts.base)
     assert set(load_extraction(tmp_path, "validation", features=("last",)).features) == {"last"}
     with pytest.raises(MismatchError, match="other settings"):
+        save_extraction(found, tmp_path, "test", key={**key, "sites": [0]})
+    with pytest.raises(MismatchError, match="the key says that the model is another"):
         save_extraction(found, tmp_path, "test", key={**key, "subject": "another"})
     with pytest.raises(MismatchError, match="other rows"):
         has_split(tmp_path, "test", key=key, data="others")

@@ -17,7 +17,8 @@ from safetensors.torch import save
 
 from exegete.elk import Encoded, Extraction, extract, extract_to, load_extraction, save_extraction
 from exegete.elk.row_files import RowFile, read_row_file
-from exegete.errors import BusyError, CorruptError, InputError
+from exegete.elk.stored_extraction import has_split
+from exegete.errors import BusyError, CorruptError, InputError, MismatchError
 from exegete.files import RunLock, atomic_file
 from exegete.types import Array
 
@@ -110,6 +111,18 @@ def test_writing_as_rows_come_is_extracting_and_saving(toys: Any, tmp_path: Path
     save_extraction(came, tmp_path / "again", "test", key=key)
     assert (tmp_path / "again" / "test.safetensors").read_bytes() == slow
     np.testing.assert_array_equal(came.take(np.array([3, 1])).features["last"][0], found.features["last"][0][[3, 1]])
+
+
+def test_the_model_is_known_whatever_the_key_says(toys: Any, tmp_path: Path) -> None:
+    subject, data = toys.subject("llama"), rows_of(toys, 4)
+    found = extract(subject, data, features=("last",))
+    save_extraction(found, tmp_path / "held", "test", key={"note": 1})
+    assert load_extraction(tmp_path / "held", "test").subject == subject.hash
+    assert has_split(tmp_path / "held", "test", key={"note": 1}, data=data.hash)
+    assert extract_to(subject, data, tmp_path / "came", "test", key={}, features=("last",)).subject == subject.hash
+    for key in ({"note": 2}, {"note": 1, "subject": "other"}):
+        with pytest.raises(MismatchError):
+            save_extraction(found, tmp_path / "held", "validation", key=key)
 
 
 def test_memory_does_not_grow_with_the_rows(toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

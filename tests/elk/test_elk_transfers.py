@@ -89,6 +89,18 @@ def test_rows_of_a_base_example_are_drawn_together() -> None:
     assert np.isnan(bootstrap(np.nan, np.ones(10), 4, 2).low)
 
 
+def test_a_draw_that_leaves_a_value_undefined_counts_at_both_ends() -> None:
+    drawn = np.linspace(0.0, 1.0, 1001)
+    whole = bootstrap(0.5, drawn, 4, 2)
+    assert (whole.low, whole.high) == pytest.approx((0.025, 0.975))
+    few, many = drawn.copy(), drawn.copy()
+    few[500:510], many[500:530] = np.nan, np.nan  # 1 % and 3 % of the draws, 2.5 % lie beyond either end
+    some = bootstrap(0.5, few, 4, 2)
+    assert (some.low, some.high) == pytest.approx((0.015, 0.985), abs=1e-9)
+    none = bootstrap(0.5, many, 4, 2)
+    assert (none.low, none.high) == (-np.inf, np.inf)
+
+
 def test_intervals_are_wider_where_rows_belong_together() -> None:
     draw = np.random.default_rng(0)
     truth = draw.random(100) < 0.5
@@ -242,6 +254,10 @@ def test_what_cannot_be_run_is_refused(extractions: tuple[Extraction, Extraction
     )
     with pytest.raises(MismatchError, match=r"last at site 0 is \[12\].* \[5\]"):
         run_transfers(fitted, narrow, probes=("lr",))
+    part = run_transfers(fitted, last, probes=("lr", "ccs", "vinc", "random"), transfers=("A->B",))
+    assert part.skipped == ("ccs, vinc: neither pair nor state-pair was extracted",)
+    with pytest.raises(InputError, match="at least one component, got 0"):
+        run_transfers(fitted, tested, rank=0)
     few = run_transfers(fitted.take(np.arange(4)), tested, probes=("lr",), transfers=("AE->BH",))
     assert few.skipped
 

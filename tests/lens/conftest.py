@@ -61,7 +61,10 @@ def rwkv(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 
 def _text(subject: Subject, path: Path, row_length: int) -> LensText:
-    return LensText(load_corpus(str(path), tokenizer=subject.tokenizer, row_length=row_length), seed=0, test_share=0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path.parent)  # documents are split by their names, which are so the same wherever the tests run
+        corpus = load_corpus(path.name, tokenizer=subject.tokenizer, row_length=row_length)
+    return LensText(corpus, seed=0, test_share=0.3)
 
 
 @pytest.fixture(scope="session")

@@ -217,6 +217,7 @@ def test_weights_that_are_not_there_are_missed(trained: Make, llama: Subject, tm
         ({"d": None}, "is for .* None"),
         ({"d": "9" * 5000, "subject": "a\nb\x1b[31m"}, "^[^\n\x1b]{1,700}$"),
         ({"fingerprint": ["x"] * 32}, "another than that of"),
+        ({"fingerprint": [10**400] * 32}, "another than that of"),
         ({"fingerprint": [float("1e308")] * 32, "subject": "a\nb"}, "^[^\n]+$"),
     ],
 )

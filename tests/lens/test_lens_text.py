@@ -75,10 +75,10 @@ def test_the_order_reads_every_row_once_an_epoch_and_is_a_function_of_the_seed(l
     assert [len(a) for a in first] != [len(b) for b in other] or not torch.equal(first[0], other[0])
     assert all(len(batch) >= 90 for batch in first[:-1])
     whole = Counter(llama_text.batch(llama_text.rows("train"), "train").labels.tolist())
-    # The batch that ends the epoch also holds the first rows of the next one.
+    # The batch that ends the epoch also holds the first rows of the next one, up to the row that fills it.
     held = Counter(torch.cat(first).tolist())
     assert not whole - held
-    assert (held - whole).total() < 100
+    assert (held - whole).total() < 100 + 32
 
 
 def test_an_order_goes_on_from_two_numbers(llama_text: LensText) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +126,50 @@ def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_refused(
     (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
     with pytest.raises(CorruptError, match="remove it to train from the start"):
         train_lens(llama, llama_text, out=tmp_path, config=SMALL)
+
+
+def test_a_checkpoint_of_a_wrong_structure_is_one_line(llama: Subject, llama_text: LensText, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        train_lens(llama, llama_text, out=tmp_path, config=SMALL, progress=StopAfter(3), checkpoint_every=1)
+    path = tmp_path / "checkpoint.pt"
+    held = torch.load(path, weights_only=True)
+    name = next(iter(held["best"]))
+    best = held["best"][name]
+    cut = {key: value[:-1] for key, value in best["weights"].items()}
+    wrong: list[tuple[str, Any]] = [
+        *(("key", key) for key in ("no JSON", "3", None)),
+        *(("step", step) for step in (-1, 0, SMALL.steps, "x", None)),
+        *(("place", place) for place in (-1, 10**6)),
+        ("epoch", -1),
+        *((part, 3) for part in ("translators", "optimizers", "best", "first", "last")),
+        *((part, {}) for part in ("translators", "optimizers", "best", "first", "last")),
+        ("translators", {**held["translators"], name: {}}),
+        ("optimizers", {**held["optimizers"], name: {"state": {}, "param_groups": []}}),
+        ("best", {**held["best"], name: []}),
+        ("best", {**held["best"], name: {**best, "weights": cut}}),
+        ("last", {**held["last"], name: "x"}),
+    ]
+    changes = [torch.zeros(2), ["step"], *({**held, part: value} for part, value in wrong)]
+    for changed in changes:
+        torch.save(changed, path)
+        with pytest.raises(CorruptError, match=r"^[^\n]*remove it to train from the start$"):
+            train_lens(llama, llama_text, out=tmp_path, config=SMALL)
+    torch.save(held, path)
+    assert train_lens(llama, llama_text, out=tmp_path, config=SMALL)["tuned"].sites
+
+
+def test_a_lens_that_does_not_say_how_its_training_went_is_one_line(
+    llama: Subject, llama_text: LensText, tmp_path: Path
+) -> None:
+    from exegete.store.checks import write_manifest
+
+    train_lens(llama, llama_text, out=tmp_path, config=SMALL)
+    path = tmp_path / "lens.json"
+    data = json.loads(path.read_text())
+    for record in (None, {}, {"epochs": 1, "tuned": {"x": {}}}, {"epochs": 1, "tuned": []}):
+        write_manifest(path, {**{key: value for key, value in data.items() if key != "checksum"}, "record": record})
+        with pytest.raises(CorruptError, match="how its training went"):
+            train_lens(llama, llama_text, out=tmp_path, config=SMALL)
 
 
 @pytest.mark.parametrize("loss", ["kl", "ce"])

@@ -208,6 +208,9 @@ def test_bad_input_is_refused_in_one_line(
     bad.write_text(json.dumps([{"question": "Is it?\n(A) yes\n(B) no", "answer_matching_behavior": "(A)"}]))
     refused("one of --rows, --data", "vector", mamba.name, *out)
     refused("one of --rows, --data", "vector", mamba.name, "--rows", rows, "--pairs", rows, *out)
+    refused("leave out --sites and --state", "vector", "--latent", "a:b/1", "--sites", "1", *out)
+    refused("leave out --rows", "sweep", "no-model", "--vector", saved, "--test", rows, "--rows", rows, *out)
+    refused("choose parts of it with --modes", "sweep", "no-model", "--vector", saved, "--test", rows, "--state", *out)
     refused("row 1: answer_not_matching_behavior is missing", "vector", mamba.name, "--rows", bad, *out)
     refused("name it with --behaviours: bigness, refusal", "vector", mamba.name, "--data", data, *out)
     refused("name the MODEL", "vector", "--rows", rows, *out)
@@ -224,6 +227,12 @@ def test_bad_input_is_refused_in_one_line(
     refused("--limit is at least 1, got -5", "vector", mamba.name, "--rows", rows, "--limit", "-5", *out)
     refused("--penalty takes finite", "vector", mamba.name, "--rows", rows, "--penalty", "nan", *out)
     refused("above 0", "vector", mamba.name, "--rows", rows, "--method", "logistic", "--penalty", "0", *out)
+    for option, value in (("--penalty", "0"), ("--shrinkage", "2")):  # before any model
+        refused(
+            "above 0" if value == "0" else "0 to 1, got 2", "sweep", "no-model", "--test", rows, option, value, *out
+        )
+    given = ("--vector", saved, "--test", rows, "--samples", "1")
+    refused("no open questions for --samples", "sweep", "no-model", *given, *out)
     refused("--max-tokens is at least 1", "apply", mamba.name, saved, "--prompt", "it", "--max-tokens", "0", *CPU)
     refused("a vector acts at", "sweep", "no-model", "--test", rows, "--positions", "x", *out)  # before any model
     refused("unknown template", "sweep", "no-model", "--test", rows, "--template", "x", *out)

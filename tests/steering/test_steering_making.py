@@ -148,13 +148,17 @@ def test_what_cannot_be_made_is_refused(
     with pytest.raises(TypeError, match="unexpected keyword"):
         behaviour_vector(mamba, rows, statee=True)  # type: ignore[call-arg]
     refused(NotFoundError, "sites -1 .* to 2, got 7", sites=(7,))
-    refused(InputError, "none, unit or rms", normalise="big")
     same = Row(question="(A) or (B)", match="A", other="B")
     refused(
         InputError, "the part residual.0 of the vector is zero", rows=[same], sites=(0,), normalise="unit", read="0"
     )
     monkeypatch.setattr(making_module, "MOST_BYTES", 1000)
     refused(InputError, "keeps every text's activations", method="lda")
+    monkeypatch.setattr(making_module, "record", pytest.fail)  # what follows is found before any text is read
+    refused(InputError, "auto or a number from 0 to 1, got 2", shrinkage=2)
+    refused(InputError, "auto or a number from 0 to 1, got x", shrinkage="x")
+    refused(InputError, "a number above 0, got nan", penalty=float("nan"))
+    refused(InputError, "none, unit or rms", normalise="big")
 
 
 def test_a_vector_is_written_and_read(made: Made, mamba: Subject, tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_bad_input_is_one_line(mamba: Path, tmp_path: Path, capsys: pytest.Captu
     for arguments, part in (
         ([str(mamba), "--dtype", "float32"], "give --subject"),
         ([str(mamba), "--subject", "--hookpoints", "layers.0"], "--hookpoints chooses coders"),
+        ([str(mamba)], "to look at a model, give --subject"),
         ([str(tmp_path / "none"), "--subject"], "there is no folder"),
         ([str(mamba), "--subject", "--dtype", "int3"], "dtype"),
     ):

@@ -12,6 +12,7 @@ import transformers
 from studies.recurrent.conformance import LINEAR, unevenness
 
 from exegete.errors import InputError, MismatchError
+from exegete.llm.prefixes import Prefixes
 from exegete.subjects import Subject, load_subject
 from exegete.subjects.edits import AddVector, edited
 from exegete.subjects.readout import read_out
@@ -19,7 +20,7 @@ from exegete.subjects.recurrent_state import AddState, ReplaceState, StateVector
 from exegete.subjects.running import Running
 from exegete.subjects.sites import site_point
 from exegete.subjects.verdicts import verdict
-from exegete.testing import FAMILIES, toy_subject_model
+from exegete.testing import FAMILIES, toy_subject_model, toy_tokenizer
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,36 @@ def test_trap_several_tokens_after_a_prefill_forget_the_state(family: str, tmp_p
     assert (second - wanted).abs().max() > 0.5
     running = Running.start(subject, ids[:, :5])
     close(running.feed(ids[:, 5:]), wanted)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_heads_that_are_scanned_one_after_another_go_on_from_their_own_states(heads: int) -> None:
+    """Zamba, whose layers hold the states of all heads in one tensor; attention lies between its layers."""
+    settings: dict[str, Any] = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
+    settings |= {"n_mamba_heads": heads, "attn_layer_period": 3, "attn_layer_offset": 2, "num_attention_heads": 4}
+    settings |= {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4}
+    torch.manual_seed(0)
+    model = transformers.ZambaForCausalLM(transformers.ZambaConfig(**settings))
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    subject, ids = Subject(model, toy_tokenizer(), name="zamba"), tokens()
+    found = verdict(subject)
+    assert (found.chunks, found.route, found.components, found.layers) == (
+        False,
+        "chunks",
+        ("conv", "ssm"),
+        (*range(6),),
+    )
+    wanted = whole(subject, ids)
+    running = Running.start(subject, ids[:, :4])
+    copied = running.copy([2, 0])
+    close(running.feed(ids[:, 4:7]), wanted[:, 4:7])
+    close(running.feed(ids[:, 7:]), wanted[:, 7:])
+    close(copied.feed(ids[[2, 0], 4:]), wanted[[2, 0], 4:])
+    prefixes = Prefixes(model, subject.device)
+    assert prefixes.way == "at once"
+    close(prefixes.logits(prefixes.read(ids[1, :5].tolist()), ids[1:2, 5:]), wanted[1:2, 5:])
 
 
 def test_trap_single_steps_of_rwkv_mix_up_rows(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from exegete.cli.bars import progress_for
 from exegete.cli.options import given
 from exegete.cli.output import say
 from exegete.config import RunConfig, merge
-from exegete.errors import ConfigError
+from exegete.errors import ConfigError, InputError
 
 
 def run(options: argparse.Namespace) -> int:
@@ -177,7 +177,13 @@ def _inspect(options: argparse.Namespace) -> int:
     from exegete.cli.coder_text import coders_text
     from exegete.coders import inspect_coders
 
-    infos = inspect_coders(options.what, named.get("hookpoints", ()))
+    try:
+        infos = inspect_coders(options.what, named.get("hookpoints", ()))
+    except InputError as error:
+        folder = Path(options.what).expanduser()
+        if any((folder / f"{name}_config.json").is_file() for name in ("generation", "tokenizer")):  # of models alone
+            raise InputError(f"{error}; to look at a model, give --subject") from error
+        raise
     say(json.dumps([dataclasses.asdict(info) for info in infos], indent=2) if options.json else coders_text(infos))
     return 0
 

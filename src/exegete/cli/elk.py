@@ -336,6 +336,8 @@ def _probe(options: argparse.Namespace) -> int:
 
     if options.intervene is not None and (options.model is None or options.data is None):
         raise InputError("--intervene runs the model on the set; name them with --model and --data")
+    if options.intervene is None and (options.model is not None or options.data is not None):
+        raise InputError("--model and --data are for --intervene; name the sites with it, or leave both out")
     fitted, tested = (load_extraction(options.extraction, split) for split in ("validation", "test"))
     planned = _planned(options, fitted, tested) if options.intervene is not None else None
     found = run_transfers(

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from exegete.cli.output import say
 from exegete.cli.steer_options import MODES
@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse what can be told from the options alone, before a model is loaded."""
+    from exegete.steering.estimate import check_options
     from exegete.steering.places import places
     from exegete.steering.png import require_png
     from exegete.steering.templates import template_of
@@ -62,6 +63,8 @@ def _check(options: argparse.Namespace) -> None:
             places(given[name])
     if "template" in given:
         template_of(given["template"])
+    if "penalty" in given:
+        check_options(shrinkage=_shrinkage(given["shrinkage"]), penalty=given["penalty"])
     if given.get("png"):
         require_png()
 
@@ -146,7 +149,13 @@ def _sweep(options: argparse.Namespace) -> int:
     from exegete.steering.tables import summary_lines, write_sweep
     from exegete.subjects.sites import parse_sites
 
+    if options.vector is not None and (options.state is not None or options.rows is not None):
+        raise InputError(
+            "--vector is swept as it is; leave out --rows and --state, and choose parts of it with --modes"
+        )
     sets = _behaviours(options, test=True, most=None)
+    if options.samples and not any(behaviour.open_ended for behaviour in sets):
+        raise InputError("there are no open questions for --samples; they are in a folder of behaviours, --data FOLDER")
     subject = _subject(options, options.model)
     sites = None if options.sites is None else parse_sites(options.sites, subject)
     given = None if options.letter_vector is None else _letters(subject, options)
@@ -307,6 +316,10 @@ def _of_latent(options: argparse.Namespace) -> SteeringVector:
 
     if options.model is not None:
         raise InputError("a run knows its model; leave out MODEL with --latent")
+    if options.sites is not None or options.state is not None:
+        raise InputError(
+            "a latent's direction is at its coder's site alone; leave out --sites and --state with --latent"
+        )
     return run_latent_vector(options.latent, normalise=options.normalise)[0]
 
 
@@ -314,21 +327,24 @@ def _making(subject: Subject, options: argparse.Namespace, source: str) -> Vecto
     from exegete.cli.bars import progress_for
     from exegete.subjects.sites import parse_sites
 
-    try:
-        shrinkage = options.shrinkage if options.shrinkage == "auto" else float(options.shrinkage)
-    except ValueError:
-        raise InputError(f"--shrinkage is auto or a number from 0 to 1, got {options.shrinkage!r}") from None
     return {
         "sites": None if options.sites is None else parse_sites(options.sites, subject),
         "state": options.state is not None and (options.state or True),
         "method": options.method,
-        "shrinkage": shrinkage,
+        "shrinkage": _shrinkage(options.shrinkage),
         "penalty": options.penalty,
         "read": options.read,
         "normalise": options.normalise,
         "source": source,
         "progress": progress_for(options.quiet),
     }
+
+
+def _shrinkage(text: str) -> float | Literal["auto"]:
+    try:
+        return "auto" if text == "auto" else float(text)
+    except ValueError:
+        raise InputError(f"--shrinkage is auto or a number from 0 to 1, got {text!r}") from None
 
 
 def _swept(vector: SteeringVector, operator: Operator) -> tuple[Mode, ...]:
@@ -340,7 +356,7 @@ def _swept(vector: SteeringVector, operator: Operator) -> tuple[Mode, ...]:
 def _samples(
     subject: Subject, vector: SteeringVector, behaviour: Behaviour, options: argparse.Namespace, found: Sweep
 ) -> tuple[OpenAnswer, ...]:
-    """Return answers to the first open questions at the smallest multiplier, 0 and the largest, by every choice."""
+    """Return answers to the first open questions, by every choice: at the ends of --multipliers (else ±1) and at 0."""
     from exegete.steering.open_ended import open_answers
 
     given = options.multipliers or (-1.0, 1.0)

@@ -83,7 +83,9 @@ def _sweep(parser: Parser) -> None:
     parser.add_argument("--controls", type=integer, default=20, metavar="N", help="random vectors (default: 20)")
     parser.add_argument("--control-sites", choices=("chosen", "all"), default="chosen", help="(default: chosen)")
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="test with other labels, such as 1 2 3 4")
-    parser.add_argument("--samples", type=integer, default=0, metavar="N", help="answer this many open questions, too")
+    parser.add_argument(
+        "--samples", type=integer, default=0, metavar="N", help="answer N open questions of --data, too"
+    )
     parser.add_argument("--max-tokens", type=integer, default=40, metavar="N", help="length of answers (default: 40)")
     parser.add_argument("--png", action="store_true", help="write the figures as PNG, too")
     parser.add_argument("--reference", action="store_true", help="print the published numbers beside these")

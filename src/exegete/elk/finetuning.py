@@ -288,7 +288,7 @@ class _Job:
         try:
             held = torch.load(path, map_location="cpu", weights_only=True)
             stored = dict(json.loads(held["key"]))
-        except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError, ValueError) as error:
+        except (RuntimeError, OSError, pickle.UnpicklingError, LookupError, TypeError, EOFError, ValueError) as error:
             raise CorruptError(f"{path} cannot be read ({type(error).__name__}); remove it to train anew") from error
         require_same(f"the training in {path.parent}", stored, json.loads(canonical_json(key)))
         try:
@@ -299,7 +299,7 @@ class _Job:
                     parameter.copy_(held["weights"][name])
                     self._best[name] = self._best[name].reshape(parameter.shape)
             self._optimizer.load_state_dict(held["optimizer"])
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise CorruptError(f"{path} does not fit the model ({type(error).__name__}); remove it") from error
 
 

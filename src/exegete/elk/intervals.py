@@ -97,14 +97,20 @@ def weighted_aurocs(truth: Array, score: Array, weights: Array) -> Array:
 
 
 def bootstrap(value: float, drawn: Array, n: int, n_bases: int, *, level: float = 0.95) -> Interval:
-    """Return a value between the quantiles of what resampling gave; the whole line where that is undefined."""
-    kept = drawn[np.isfinite(drawn)]
-    if np.isnan(value) or len(kept) < len(drawn) / 2:
-        low = high = np.nan if np.isnan(value) else value
-        if not np.isnan(value):
-            low, high = -np.inf, np.inf
-    else:
-        low, high = np.quantile(kept, [0.5 - level / 2, 0.5 + level / 2])
+    """Return a value between the quantiles of what resampling gave, NaN where it is undefined itself.
+
+    A draw that leaves it undefined could have given anything, so it counts at both ends: where more of them are than
+    lie beyond a quantile, that end is infinite. Leaving them out would make a share of a gap that may well be none
+    look sure.
+    """
+    low = high = np.nan
+    if not np.isnan(value):
+        known, ends = np.isfinite(drawn), (0.5 - level / 2, 0.5 + level / 2)
+        if known.all():
+            low, high = np.quantile(drawn, ends)
+        else:
+            low = np.quantile(np.where(known, drawn, -np.inf), ends[0], method="lower")
+            high = np.quantile(np.where(known, drawn, np.inf), ends[1], method="higher")
         low, high = min(low, value), max(high, value)
     return Interval(value=value, low=float(low), high=float(high), method="bootstrap", n=n, n_documents=n_bases)
 

@@ -60,15 +60,16 @@ def extract_to(
                 file.put(f"{kind}/{at}", rows, part)
 
     shapes = {f"{kind}/{at}": (len(data), *shape) for (kind, at), shape in reading.shapes.items()}
-    _write(place, split, shapes, fill, key=key, facts=data.facts, data=data.hash)
+    _write(place, split, shapes, fill, key=_whole_key(key, subject.hash), facts=data.facts, data=data.hash)
     return load_extraction(place, split)
 
 
 def save_extraction(found: Extraction, folder: str | Path, split: str, *, key: Mapping[str, Any]) -> None:
     """Write one split into a folder, some rows at a time, the manifest last.
 
-    ``key`` says what it was made with; MismatchError is raised where the folder holds splits made with something else,
-    BusyError while another process writes there.
+    ``key`` says what it was made with, the hash of the model (``subject``) being added; MismatchError is raised where
+    it names another model or the folder holds splits made with something else, BusyError while another process writes
+    there.
     """
     held = {f"{kind}/{at}": x for kind, sites in found.features.items() for at, x in sites.items()}
     rows = np.arange(len(found))
@@ -79,7 +80,7 @@ def save_extraction(found: Extraction, folder: str | Path, split: str, *, key: M
 
     shapes = {name: x.shape for name, x in held.items()}
     place = Path(folder).expanduser()
-    _write(place, split, shapes, fill, key=key, facts=found.facts, data=found.data)
+    _write(place, split, shapes, fill, key=_whole_key(key, found.subject), facts=found.facts, data=found.data)
 
 
 def _write(
@@ -108,6 +109,13 @@ def _write(
         write_manifest(place / MANIFEST, {"format": FORMAT, "key": dict(key), "splits": splits})
 
 
+def _whole_key(key: Mapping[str, Any], subject: str) -> dict[str, Any]:
+    """Return the key with the model's hash, by which splits of one model are known to be of one model."""
+    if key.get("subject", subject) != subject:
+        raise MismatchError(f"the key says that the model is {key['subject']}, the extraction is of {subject}")
+    return {**key, "subject": subject}
+
+
 def _require_disk(place: Path, size: int) -> None:
     known = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
     free = shutil.disk_usage(known).free
@@ -124,7 +132,7 @@ def has_split(folder: str | Path, split: str, *, key: Mapping[str, Any], data: s
     if not (place / MANIFEST).is_file():
         return False
     manifest = _manifest(place)
-    require_same(f"the extraction in {place}", manifest["key"], dict(key))
+    require_same(f"the extraction in {place}", manifest["key"], {"subject": manifest["key"].get("subject"), **key})
     entry = manifest["splits"].get(split)
     if entry is not None and entry["data"] != data:
         raise MismatchError(f"{place} holds other rows for the split {split}; use another folder")

@@ -125,7 +125,10 @@ def summary_lines(
             for row in best
         ]
     if anomalies:
-        lines.append("Bob's hard rows told from Alice's by how unusual the log-odds are: AUROC, chance is 0.500")
+        lines.append(
+            "Bob's hard rows told from Alice's by how unusual the log-odds are: AUROC, chance is 0.500; the speaker's "
+            "name alone can make them unusual"
+        )
         lines += [_columns(f"  {of_probe(row)}, {row.detector}", bracket(row.auroc)) for row in anomalies]
     lines += [f"left out: {text}" for text in found.skipped]
     return lines

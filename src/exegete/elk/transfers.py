@@ -16,6 +16,7 @@ AUROC there, against what was learned:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,10 @@ class Transfers:
         raise unknown("result", f"{feature} {probe} {transfer}", known)
 
 
+def _read_by(probe: str) -> tuple[Feature, ...]:
+    return kind_of(probe).features
+
+
 def parse_transfer(text: str) -> tuple[str, str]:
     """Return the pools of ``SOURCE->TARGET``. Raises InputError for anything else, NotFoundError for another pool."""
     source, arrow, target = text.partition("->")
@@ -168,20 +173,23 @@ def run_transfers(
 
     Raises:
         MismatchError: For extractions of two models.
-        InputError: For base examples in both, or no probe that fits the features.
+        InputError: For base examples in both, a rank below 1, or no probe that fits the features.
     """
+    if rank < 1:
+        raise InputError(f"vectors are whitened on at least one component, got {rank}")
     job = _Job(fitted, tested, held_out, rank, seed, level)
     pools = list(dict.fromkeys(parse_transfer(text) for text in transfers))
     names = [
         (f, p)
         for p in dict.fromkeys(probes)
         for f in kind_of(p).features
-        if f in fitted.features and f in tested.features
+        if f in fitted.features and f in tested.features and job.sites_of(f)
     ]
     if not names:
         raise InputError(
             f"no probe of {', '.join(probes) or 'none'} reads what was extracted: {', '.join(fitted.features)}"
         )
+    job.leave_out([p for p in dict.fromkeys(probes) if p not in {name for _, name in names}])
     told = progress or Silent()
     sources = tuple(dict.fromkeys(source for source, _ in pools))
     # Probes come innermost: those that whiten the same vectors follow one another.
@@ -248,6 +256,11 @@ class _Job:
     def sites_of(self, feature: Feature) -> tuple[int, ...]:
         """Return the sites that both extractions have."""
         return tuple(sorted(set(self._fitted.features[feature]) & set(self._tested.features[feature])))
+
+    def leave_out(self, probes: Sequence[str]) -> None:
+        """Note which probes were asked for that read nothing of what was extracted."""
+        for features, same in itertools.groupby(sorted(probes, key=_read_by), _read_by):
+            self._skipped[f"{', '.join(same)}: neither {' nor '.join(features)} was extracted"] = None
 
     def fit(self, name: Name) -> None:
         """Fit one probe, unless its pool has rows of one label alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,17 +53,22 @@ def read_checkpoint(folder: Path, key: Mapping[str, Any]) -> Checkpoint | None:
         data = torch.load(path, map_location="cpu", weights_only=True)
         fields = {name: data[name] for name in Checkpoint.__slots__}
         same = data["format"] == _FORMAT
-        stored = str(data["key"])
-    except (RuntimeError, OSError, pickle.UnpicklingError, KeyError, TypeError, EOFError, ValueError) as error:
+        stored = dict(json.loads(data["key"]))
+    except (RuntimeError, OSError, pickle.UnpicklingError, LookupError, TypeError, EOFError, ValueError) as error:
         raise CorruptError(
             f"{path} cannot be read ({type(error).__name__}); remove it to train from the start"
         ) from error
     if not same:
         raise CorruptError(f"{path} has another format number; remove it to train from the start")
-    import json
-
-    require_same(f"the training in {folder}", json.loads(stored), json.loads(canonical_json(key)))
+    require_same(f"the training in {folder}", stored, json.loads(canonical_json(key)))
     return Checkpoint(**fields)
+
+
+def misfit(folder: Path, error: Exception) -> CorruptError:
+    """Return what is said of a checkpoint that can be read and does not fit the training that it is of."""
+    return CorruptError(
+        f"{folder / _NAME} does not fit this training ({type(error).__name__}); remove it to train from the start"
+    )
 
 
 def clear_checkpoint(folder: Path) -> None:

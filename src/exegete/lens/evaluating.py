@@ -223,9 +223,12 @@ class _Sums:
         held = self._sizes > 0
         sizes = self._sizes[held]
 
-        def means(values: Array) -> dict[str, dict[int, Interval]]:
+        def mean(values: Array, least: float = 0.0) -> Interval:
+            return clustered_mean(values[held], sizes, level=level, least=least)
+
+        def means(values: Array, least: float = 0.0) -> dict[str, dict[int, Interval]]:
             return {
-                metric: {s: clustered_mean(values[m, k][held], sizes, level=level) for k, s in enumerate(self._sites)}
+                metric: {s: mean(values[m, k], least) for k, s in enumerate(self._sites)}
                 for m, metric in enumerate(METRICS)
             }
 
@@ -235,11 +238,10 @@ class _Sums:
             part=part,
             sites=self._sites,
             nats={name: means(self._values[i]) for i, name in enumerate(names)},
-            differences={name: means(self._values[i] - self._values[0]) for i, name in enumerate(names) if i},
-            baseline={
-                metric: clustered_mean(self._model[m][held], sizes, level=level)
-                for m, metric in enumerate(("ce", "entropy"))
+            differences={
+                name: means(self._values[i] - self._values[0], -math.inf) for i, name in enumerate(names) if i
             },
+            baseline={metric: mean(self._model[m]) for m, metric in enumerate(("ce", "entropy"))},
             transfer={
                 name: {"ce": matrix[0] / self.n_tokens, "kl": matrix[1] / self.n_tokens}
                 for name, matrix in self._transfer.items()

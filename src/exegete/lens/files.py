@@ -139,12 +139,17 @@ def read_trained(folder: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     data = read_manifest(folder / _MANIFEST, number=FORMAT)
     require_same(f"the lens in {folder}", data.get("training", {}).get("key", {}), dict(key))
-    record = data["record"]
-    kinds = [kind for kind in ("tuned", "state") if kind in record]
-    return {
-        "epochs": record["epochs"],
-        **{kind: {int(site): _site_training(one) for site, one in record[kind].items()} for kind in kinds},
-    }
+    try:
+        record = data["record"]
+        kinds = [kind for kind in ("tuned", "state") if kind in record]
+        return {
+            "epochs": float(record["epochs"]),
+            **{kind: {int(site): _site_training(one) for site, one in record[kind].items()} for kind in kinds},
+        }
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise CorruptError(
+            f"{folder / _MANIFEST} does not say how its training went; train into another folder"
+        ) from None
 
 
 def lens_facts(path: str | Path) -> dict[str, Any]:
@@ -294,7 +299,11 @@ def _fingerprint(readout: Readout) -> list[float]:
 
 def _alike(one: Any, other: list[float]) -> bool:
     """Tell whether two fingerprints agree to about one per cent, as they do across dtypes."""
-    if not isinstance(one, list) or len(one) != len(other) or not all(isinstance(v, int | float) for v in one):
+    if (
+        not isinstance(one, list)
+        or len(one) != len(other)
+        or not all(isinstance(v, int | float) and abs(v) < 1e300 for v in one)
+    ):
         return False
     a, b = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
     return bool((a - b).norm() <= 0.01 * b.norm())

@@ -93,4 +93,4 @@ class _Row:
             self._running = Running.start(self._lens.subject, tokens)
         else:
             self._running.feed(tokens[:, self._running.tokens.shape[1] :])
-        return self._running.state()
+        return self._running.state((self._site,))

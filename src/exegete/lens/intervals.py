@@ -15,10 +15,11 @@ from exegete.metrics.clustered import t_of
 from exegete.types import Array
 
 
-def clustered_mean(sums: Array, sizes: Array, *, level: float = 0.95) -> Interval:
+def clustered_mean(sums: Array, sizes: Array, *, level: float = 0.95, least: float = -math.inf) -> Interval:
     """Return the mean of all values, of which document g holds ``sizes[g]`` > 0 that sum to ``sums[g]``.
 
-    NaN without values; an infinite interval where one document holds them all.
+    NaN without values; an infinite interval where one document holds them all. ``least`` is the least that a value can
+    be, below which no interval reaches.
     """
     total = float(sizes.sum())
     if not total:
@@ -29,7 +30,8 @@ def clustered_mean(sums: Array, sizes: Array, *, level: float = 0.95) -> Interva
     shares = (sums - sizes * mean) * scale
     quantile = t_of(level, _freedom(scale, sizes, total))
     half = quantile * math.sqrt(float(shares @ shares)) if math.isfinite(quantile) else math.inf
-    return Interval(value=mean, low=mean - half, high=mean + half, method="cr2-t", n=int(total), n_documents=len(sizes))
+    low = min(mean, max(least, mean - half))
+    return Interval(value=mean, low=low, high=mean + half, method="cr2-t", n=int(total), n_documents=len(sizes))
 
 
 def _freedom(scale: Array, sizes: Array, total: float) -> float:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from exegete.subjects.recurrent_state import State
 
 _TINY = 1e-300
-_BLOCK_ENTRIES = 1 << 28  # of the states given out at once: 1 GiB in float32
+_BLOCK_ENTRIES = 1 << 27  # of a block of states; one is read while the next is filled, 1 GiB of both in float32
 _CARRIED_ENTRIES = 1 << 26  # of the states that the rows of a pass carry, which are held twice while they are read
 
 
@@ -59,7 +59,7 @@ class StateReader:
         """Yield the states after the predicting positions of a batch, a block of positions at a time.
 
         With every block come the places [n] of its predictions among those of the batch, ascending, and by site their
-        states [n, numbers] float32 in that order. A block has as many positions as fit into 1 GiB, at least one.
+        states [n, numbers] float32 in that order. A block has as many positions as fit into ½ GiB, at least one.
         """
         places = (batch.keep.flatten().cumsum(0) - 1).reshape(batch.keep.shape)
         running: Running | None = None
@@ -99,7 +99,7 @@ class StateReader:
                 start, held = at, 0
             held += count
         if held:
-            yield start, len(counts)
+            yield start, 1 + max(at for at, count in enumerate(counts) if count)
 
 
 def state_numbers(state: State, layer: int) -> torch.Tensor:

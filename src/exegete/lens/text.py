@@ -175,6 +175,12 @@ class Order:
         self.total = int(self._sizes.sum())
         """Predictions in one pass over the part."""
 
+    def go_to(self, epoch: int, place: int) -> None:
+        """Stand where another order of the same text stood. Raises ValueError for no place in it."""
+        if not (epoch >= 0 and 0 <= place < len(self._rows)):
+            raise ValueError(f"the text has {len(self._rows)} rows, got the place {place} of pass {epoch}")
+        self.epoch, self.place = epoch, place
+
     def next(self) -> Batch:
         """Return the next rows, until they hold the tokens of a batch; a pass that ends is followed by another."""
         chosen: list[int] = []

@@ -21,7 +21,7 @@ import torch
 
 from exegete.errors import ConfigError, InputError
 from exegete.files import RunLock
-from exegete.lens.checkpoints import Checkpoint, clear_checkpoint, read_checkpoint, write_checkpoint
+from exegete.lens.checkpoints import Checkpoint, clear_checkpoint, misfit, read_checkpoint, write_checkpoint
 from exegete.lens.files import load_lens, read_trained, save_lens
 from exegete.lens.lens import TunedLens, default_sites, new_lens
 from exegete.lens.reading import Piece, cross_entropy, divergence, read_pieces
@@ -73,6 +73,7 @@ def train_lens(
     Raises:
         InputError: When the text is too little and must not be repeated, or there is no state to read.
         MismatchError: When the folder holds a lens, or a checkpoint, of other settings.
+        CorruptError: When its checkpoint is damaged.
         BusyError: When another process trains into the folder.
     """
     config = config or LensConfig()
@@ -110,7 +111,10 @@ def train_lens(
         job.check_text()
         found = read_checkpoint(folder, key)
         if found is not None:
-            job.resume(found)
+            try:
+                job.resume(found)
+            except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+                raise misfit(folder, error) from error
         shown.start("train the lens", config.steps, "steps")
         shown.advance(job.step)
         while job.step < config.steps:
@@ -251,14 +255,18 @@ class _Job:
         )
 
     def resume(self, found: Checkpoint) -> None:
-        """Take up what ``checkpoint`` gave."""
-        self.step, self._order.epoch, self._order.place = found.step, found.epoch, found.place
+        """Take up what ``checkpoint`` gave; something else raises what it leads to."""
+        self.step, epoch, place = int(found.step), int(found.epoch), int(found.place)
+        if not 0 < self.step < self._config.steps:
+            raise ValueError("no step of this training")
+        self._order.go_to(epoch, place)
         for name, translator in self._translators.items():
             translator.load_state_dict(found.translators[_text(name)])
             self._optimizers[name].load_state_dict(found.optimizers[_text(name)])
             best: Mapping[str, Any] = found.best[_text(name)]
-            self._best[name] = _Best(loss=best["loss"], step=best["step"], weights=best["weights"])
-            self._first[name], self._last[name] = found.first[_text(name)], found.last[_text(name)]
+            weights = {key: best["weights"][key].reshape(own.shape) for key, own in translator.state_dict().items()}
+            self._best[name] = _Best(loss=float(best["loss"]), step=int(best["step"]), weights=weights)
+            self._first[name], self._last[name] = float(found.first[_text(name)]), float(found.last[_text(name)])
 
     def _losses(self, translator: Translator, site: int, piece: Piece) -> torch.Tensor:
         """Return the loss of one translator at every prediction [n], in nats."""

@@ -20,6 +20,14 @@ _RANK = 1e-12  # of the rows' size: what is smaller is no direction that they sp
 _STEPS, _CLOSE, _SMALLEST = 100, 1e-10, 1e-9  # of Newton's method: at most, when it has arrived, when it is stuck
 
 
+def check_options(*, shrinkage: Shrinkage = "auto", penalty: float = 1.0) -> None:
+    """Raise InputError for a shrinkage that is neither ``auto`` nor in 0 … 1, and for a penalty not above 0."""
+    if shrinkage != "auto" and not (isinstance(shrinkage, (int, float)) and 0 <= shrinkage <= 1):
+        raise InputError(f"shrinkage is auto or a number from 0 to 1, got {shrinkage}")
+    if not (math.isfinite(penalty) and penalty > 0):
+        raise InputError(f"the penalty of a logistic regression is a number above 0, got {penalty}")
+
+
 def direction_of(
     positive: torch.Tensor,
     negative: torch.Tensor,
@@ -57,8 +65,7 @@ def discriminant(positive: torch.Tensor, negative: torch.Tensor, shrinkage: Shri
 
     Raises InputError for a shrinkage that is neither ``auto`` nor in 0 … 1, and for fewer than two rows in a class.
     """
-    if shrinkage != "auto" and not 0 <= shrinkage <= 1:
-        raise InputError(f"shrinkage is auto or a number from 0 to 1, got {shrinkage}")
+    check_options(shrinkage=shrinkage)
     classes = [positive.double(), negative.double()]
     if min(len(rows) for rows in classes) < 2:
         raise InputError("a covariance takes at least two pairs; use the method mean, or give more")
@@ -109,8 +116,7 @@ def logistic(positive: torch.Tensor, negative: torch.Tensor, penalty: float = 1.
 
     Raises InputError for a penalty that is not above 0, and for classes whose rows are all alike.
     """
-    if not (math.isfinite(penalty) and penalty > 0):
-        raise InputError(f"the penalty of a logistic regression is a number above 0, got {penalty}")
+    check_options(penalty=penalty)
     rows = torch.cat([positive, negative]).double()
     middle = rows.mean(dim=0)
     _, sizes, axes = torch.linalg.svd(rows - middle, full_matrices=False)

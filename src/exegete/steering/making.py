@@ -12,12 +12,12 @@ import torch
 from exegete.errors import InputError, unknown
 from exegete.progress import Progress
 from exegete.steering.behaviour_files import Row
-from exegete.steering.estimate import Method, Shrinkage, direction_of
+from exegete.steering.estimate import Method, Shrinkage, check_options, direction_of
 from exegete.steering.pairs import Pair
 from exegete.steering.questions import Contrast, ReadAt, label_contrasts, text_contrasts
 from exegete.steering.recording import Recorded, record
 from exegete.steering.templates import template_of
-from exegete.steering.vector import Normalise, SteeringVector, about, joined, normalised
+from exegete.steering.vector import Normalise, SteeringVector, about, check_normalise, joined, normalised
 from exegete.subjects import Subject
 from exegete.subjects.sites import n_blocks
 
@@ -129,6 +129,8 @@ def fit_vector(
     """Return the vector of pairs of token sequences: what the other two are built on. See ``VectorOptions``."""
     if method not in get_args(Method):
         raise unknown("method", method, get_args(Method))
+    check_options(shrinkage=shrinkage, penalty=penalty)
+    check_normalise(normalise)
     where = tuple(range(n_blocks(subject))) if sites is None else tuple(sites)
     wanted = None if isinstance(state, bool) else frozenset(state)
     sums = _Sums(contrasts, keep=method != "mean")

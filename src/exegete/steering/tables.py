@@ -101,7 +101,7 @@ def summary_lines(found: Sweep) -> list[str]:
         )
         lines.append(
             f"    p(match) {own[0].base:.3f} unsteered; slope {_text(curve.slope)}, "
-            f"Spearman {curve.spearman.value:.2f}; nonsense {own[0].base_nonsense:.2f} unsteered, "
+            f"Spearman {_short(curve.spearman.value)}; nonsense {own[0].base_nonsense:.2f} unsteered, "
             f"{max(p.nonsense for p in own):.2f} at most"
         )
         parts = []
@@ -123,6 +123,10 @@ def summary_lines(found: Sweep) -> list[str]:
 
 def _text(value: Estimate) -> str:
     return "–" if math.isnan(value.value) else f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+
+
+def _short(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}"
 
 
 def _questions(found: Sweep) -> Iterable[dict[str, Any]]:

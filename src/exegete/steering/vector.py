@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, final
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, final, get_args
 
 import torch
 
@@ -34,7 +34,7 @@ class About:
         model_type: The architecture's name in transformers.
         revision: Commit of the hub, None for a local folder.
         d: Size of the residual stream.
-        method: mean, lda, pca-diff, pca-center, latent, letters, random or import.
+        method: mean, lda, logistic, pca-diff, pca-center, latent, letters, random or import.
         source: What it was made of: a file, a behaviour, a latent.
         template: Which words stood around the questions; empty for texts as they are.
         read: Which tokens were read, as ``ReadAt`` spells it.
@@ -120,7 +120,7 @@ class SteeringVector:
 
     @property
     def hash(self) -> str:
-        """Content hash of all parts by their values, 16 hex digits; the same whatever precision they were given in."""
+        """Content hash of all parts as they are kept, 16 hex digits; those given in half floats are kept in float32."""
         found = hashlib.sha256()
         for name, part in (*self.parts(), *((f"centre.{s}", self.centres[s]) for s in sorted(self.centres))):
             found.update(f"{name} {part.dtype} {list(part.shape)}".encode())
@@ -233,6 +233,12 @@ def about(subject: Subject, method: str, **more: Any) -> About:
     )
 
 
+def check_normalise(how: str) -> None:
+    """Raise InputError for another word than none, unit and rms."""
+    if how not in get_args(Normalise):
+        raise InputError(f"a vector is normalised by none, unit or rms, got {how!r}")
+
+
 def normalised(
     parts: Mapping[str, torch.Tensor], sizes: Mapping[str, float], how: Normalise
 ) -> dict[str, torch.Tensor]:
@@ -240,8 +246,7 @@ def normalised(
 
     Raises InputError for another word, and for a part of length 0 that should get another.
     """
-    if how not in ("none", "unit", "rms"):
-        raise InputError(f"a vector is normalised by none, unit or rms, got {how!r}")
+    check_normalise(how)
     if how == "none":
         return dict(parts)
     found = {}

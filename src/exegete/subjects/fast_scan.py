@@ -82,7 +82,11 @@ def selective_scan(
         dt = dt + delta_bias.to(dt.dtype)[:, None]
     if delta_softplus:
         dt = torch.nn.functional.softplus(dt)
-    first = hidden_states.new_zeros(len(hidden_states), *A.shape, dtype=wide) if initial is None else initial.to(wide)
+    first = (
+        hidden_states.new_zeros(len(hidden_states), *A.shape, dtype=wide)
+        if initial is None
+        else initial.to(hidden_states.device, wide)
+    )
     inputs = hidden_states.permute(2, 0, 1).to(wide)
     steps = dt.permute(2, 0, 1).to(wide)
     y, last = torch.ops.exegete.selective_scan(

@@ -91,10 +91,14 @@ def called(
 
 
 def recurrent_states(cache: Any) -> list[torch.Tensor]:
-    """Return the recurrent states in a cache of transformers, layer after layer; none where it is no such cache."""
+    """Return the states that scans go on from, in the order of the scans; none where it is no cache of transformers.
+
+    That is layer after layer, and head after head where a layer scans each of them by itself (Zamba).
+    """
     layers = getattr(cache, "layers", None)
     held = [vars(layer).get("recurrent_states") or {} for layer in layers] if isinstance(layers, list) else []
-    return [state for states in held for state in states.values() if torch.is_tensor(state)]
+    states = [state for named in held for state in named.values() if torch.is_tensor(state)]
+    return [one for state in states for one in (state.unbind(1) if state.ndim == 4 else (state,))]
 
 
 def kept(raw: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -110,7 +114,7 @@ class CacheMemory(Memory):
     ``conv`` and ``kv`` [rows, heads, d_key, d_value]. Several convolutions of one layer are one component, channels
     after channels. Mended, the model is told the positions of its tokens, for some count from 0 in every call (Bamba),
     single steps keep within the limits of whole passes (Zamba 2, Nemotron-H), and scans of several tokens begin at the
-    states behind those before (Mamba, FalconMamba, Jamba).
+    states behind those before (Mamba, FalconMamba, Jamba, Zamba).
     """
 
     def __init__(self, subject: Subject, cache: Any = None, *, mended: bool = True, length: int = 0) -> None:
