@@ -117,16 +117,6 @@ def test_lenses_of_two_subjects_or_none_are_refused(llama: Subject, other_llama:
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.floats(-5, 5)), min_size=3, max_size=60))
-def test_no_interval_reaches_below_what_a_value_can_be() -> None:
-    sums, sizes = np.array([1.0, 90.0]), np.array([10.0, 10.0])
-    free, kept = clustered_mean(sums, sizes), clustered_mean(sums, sizes, least=0.0)
-    assert free.low < 0.0 == kept.low
-    assert (kept.value, kept.high) == (free.value, free.high)
-    alone = clustered_mean(np.array([3.0]), np.array([2.0]), least=0.0)
-    assert (alone.low, alone.value, alone.high) == (0.0, 1.5, np.inf)
-    assert clustered_mean(-1e-12 * sizes, sizes, least=0.0).low == pytest.approx(-1e-12)
-
-
 def test_intervals_of_sums_are_those_of_values(pairs: list[tuple[int, float]]) -> None:
     documents, values = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
     known, place = np.unique(documents, return_inverse=True)
@@ -180,3 +170,13 @@ def test_values_are_read_off_between_sites() -> None:
     assert at_fractions([4.0, 2.0, 1.0], [0, 0.25, 0.5, 0.75, 1]) == [4, 3, 2, 1.5, 1]
     assert at_fractions([7.0], [0, 0.5, 1]) == [7, 7, 7]
     assert math.isnan(at_fractions([], [0.5])[0])
+
+
+def test_no_interval_reaches_below_what_a_value_can_be() -> None:
+    sums, sizes = np.array([1.0, 90.0]), np.array([10.0, 10.0])
+    free, kept = clustered_mean(sums, sizes), clustered_mean(sums, sizes, least=0.0)
+    assert free.low < 0.0 == kept.low
+    assert (kept.value, kept.high) == (free.value, free.high)
+    alone = clustered_mean(np.array([3.0]), np.array([2.0]), least=0.0)
+    assert (alone.low, alone.value, alone.high) == (0.0, 1.5, np.inf)
+    assert clustered_mean(-1e-12 * sizes, sizes, least=0.0).low == pytest.approx(-1e-12)

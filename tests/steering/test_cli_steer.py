@@ -65,7 +65,8 @@ def test_a_vector_is_made_of_a_behaviour(
     wanted = behaviour_vector(mamba, balanced(rows[:8]), sites=(0, 1), state=["ssm"])
     found = load_vector(out, mamba)
     assert found.hash == wanted.vector.hash
-    assert found.about.source == "bigness"
+    assert found.about.source == "bigness, letters balanced by swap, seed 0"
+    assert found.about.options == {}
     assert wanted.letters is not None
     assert load_vector(letters, mamba).hash == wanted.letters.hash
     said = capsys.readouterr().out
@@ -83,6 +84,7 @@ def test_a_vector_is_made_of_pairs(llama: Subject, tmp_path: Path) -> None:
         assert steer("vector", llama.name, "--pairs", tmp_path / "p.csv", *options, "--out", out, *CPU, "-q") == 0
         found = load_vector(out, llama)
         assert (found.sites, found.about.method, found.about.n_pairs) == ((-1, 2), method, 3)
+        assert (found.about.source, found.about.options) == ("p.csv", how)
         assert float(found.residual[2].norm()) == pytest.approx(1, abs=1e-5)
         given: Any = {"method": method, "normalise": "unit", "sites": (-1, 2), **how}
         assert found.hash == pair_vector(llama, pairs, **given).hash

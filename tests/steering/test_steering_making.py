@@ -247,6 +247,7 @@ def test_damaged_files_are_refused(made: Made, tmp_path: Path) -> None:
         ({**said, "d": "big"}, CorruptError, "d is missing or no int"),
         ({**said, "d": 31}, CorruptError, "31 dimensions"),
         ({**said, "norms": {"a": "b"}}, CorruptError, "norms"),
+        ({**said, "options": {"a": []}}, CorruptError, "options are numbers and words"),
     ):
         beside.write_text(json.dumps(changed))
         with pytest.raises(kind, match=message):

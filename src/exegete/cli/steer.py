@@ -301,14 +301,14 @@ def _of_rows(subject: Subject, behaviour: Behaviour, options: argparse.Namespace
     from exegete.steering.making import behaviour_vector
 
     rows = balanced(behaviour.generate[: options.limit], options.balance, seed=options.seed)
-    how = _making(subject, options, behaviour.name)
+    how = _making(subject, options, _source(behaviour.name, options))
     return behaviour_vector(subject, rows, template=options.template, unbalanced=options.unbalanced, **how)
 
 
 def _of_pairs(subject: Subject, pairs: Sequence[Pair], options: argparse.Namespace) -> SteeringVector:
     from exegete.steering.making import pair_vector
 
-    return pair_vector(subject, pairs, **_making(subject, options, Path(options.pairs).name))
+    return pair_vector(subject, pairs, **_making(subject, options, _source(Path(options.pairs).name, options)))
 
 
 def _of_latent(options: argparse.Namespace) -> SteeringVector:
@@ -321,6 +321,16 @@ def _of_latent(options: argparse.Namespace) -> SteeringVector:
             "a latent's direction is at its coder's site alone; leave out --sites and --state with --latent"
         )
     return run_latent_vector(options.latent, normalise=options.normalise)[0]
+
+
+def _source(name: str, options: argparse.Namespace) -> str:
+    """Return what rows or pairs a vector is made of, so that the file says how to make it again."""
+    parts = [name]
+    if options.limit is not None:
+        parts.append(f"the first {options.limit}")
+    if options.balance != "none":
+        parts.append(f"letters balanced by {options.balance}, seed {options.seed}")
+    return ", ".join(parts)
 
 
 def _making(subject: Subject, options: argparse.Namespace, source: str) -> VectorOptions:

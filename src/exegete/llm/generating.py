@@ -19,6 +19,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from exegete.llm.tokenised import draw_seed
+from exegete.subjects.fast_scan import fast_scan
+from exegete.subjects.step_limits import step_limits
 from exegete.tokens import TokenTable
 from exegete.types import LLMReply, LLMRequest, TokenLogprob
 
@@ -144,15 +146,16 @@ class BatchedModel:
             mask[i, longest - len(prompt) :] = 1
         # A model that keeps its state in itself takes a single token for the next one of the text before.
         cached = longest > 1
-        self._model.generate(
-            ids.to(self._device),
-            generation_config=GenerationConfig(
-                max_new_tokens=tokens, do_sample=False, pad_token_id=pad, use_cache=cached
-            ),
-            logits_processor=LogitsProcessorList([choose]),
-            stopping_criteria=StoppingCriteriaList([finished]),
-            **({"attention_mask": mask.to(self._device)} if self._masks else {}),
-        )
+        with fast_scan(self._model), step_limits(self._model):
+            self._model.generate(
+                ids.to(self._device),
+                generation_config=GenerationConfig(
+                    max_new_tokens=tokens, do_sample=False, pad_token_id=pad, use_cache=cached
+                ),
+                logits_processor=LogitsProcessorList([choose]),
+                stopping_criteria=StoppingCriteriaList([finished]),
+                **({"attention_mask": mask.to(self._device)} if self._masks else {}),
+            )
 
     @torch.inference_mode()
     def _probe(self, prompts: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
@@ -175,7 +178,8 @@ class BatchedModel:
             ids = torch.zeros((len(part), max(len(a.ids) for a in part)), dtype=torch.long)
             for i, a in enumerate(part):
                 ids[i, : len(a.ids)] = torch.tensor(a.ids)
-            logits = self._model(input_ids=ids.to(self._device), use_cache=False).logits
+            with fast_scan(self._model):
+                logits = self._model(input_ids=ids.to(self._device), use_cache=False).logits
             yield from (self._scored(a, logits[i, : len(a.ids) - 1]) for i, a in enumerate(part))
             start = stop
 

@@ -148,7 +148,8 @@ def fit_vector(
     residual, carried, _ = joined({name: part.reshape(sums.shapes[name]) for name, part in parts.items()})
     centres = {site: sums.middle(f"residual.{site}").float() for site in residual}
     facts = {"source": source, "template": template, "read": read, "n_pairs": len(contrasts)}
-    own = about(subject, method, normalise=normalise, norms=norms, **facts)
+    given = {"lda": {"shrinkage": shrinkage}, "logistic": {"penalty": penalty}}.get(method, {})
+    own = about(subject, method, normalise=normalise, norms=norms, options=given, **facts)
     vector = SteeringVector(residual=residual, state=carried, centres=centres, about=own)
     letters = None
     if all(contrast.first is not None for contrast in contrasts):

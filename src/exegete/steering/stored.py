@@ -125,6 +125,10 @@ def _about(said: Mapping[str, Any], file: Path) -> About:
             if not all(isinstance(v, int | float) and math.isfinite(v) for v in norms.values()):
                 raise CorruptError(f"{file.with_suffix('.json')}: norms are numbers by part")
             value = {str(name): float(v) for name, v in norms.items()}
+        elif field.name == "options":
+            value = {} if value is None else value  # files of before there were any
+            if not isinstance(value, dict) or not all(isinstance(v, int | float | str) for v in value.values()):
+                raise CorruptError(f"{file.with_suffix('.json')}: options are numbers and words by name")
         elif value is None and field.name == "revision":
             value = None
         elif not isinstance(value, kind) or isinstance(value, bool):

@@ -40,6 +40,7 @@ class About:
         read: Which tokens were read, as ``ReadAt`` spells it.
         n_pairs: How many pairs.
         normalise: none, unit, or rms (see ``fit_vector``).
+        options: What else the method was given: ``shrinkage`` of lda, ``penalty`` of logistic.
         dtype: What the subject computed in.
         version: Of exegete.
         norms: The length that each part had before it was normalised, by part.
@@ -59,10 +60,11 @@ class About:
     dtype: str = "float32"
     version: str = ""
     norms: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return {**dataclasses.asdict(self), "norms": dict(self.norms)}
+        return {**dataclasses.asdict(self), "norms": dict(self.norms), "options": dict(self.options)}
 
 
 @final
