@@ -224,6 +224,8 @@ def test_bad_input_is_refused_in_one_line(
     refused("was made on", "apply", llama.name, saved, "--prompt", "it", *CPU)
     refused("a vector is a .safetensors or .gguf file", "apply", mamba.name, "nothing", "--prompt", "it", *CPU)
     refused("nothing to test on", "sweep", mamba.name, "--rows", rows, *out)
+    for flag in ("--rows", "--test"):
+        refused(f"leave out {flag}, or --data", "sweep", "no-model", "--data", tmp_path, flag, rows, *out)
     refused("no rows to make a vector of", "sweep", mamba.name, "--test", rows, *out)
     refused("name it with --data", "sweep", mamba.name, "--test", rows, "--behaviours", "x", *out)
     refused("--limit is at least 1, got -5", "vector", mamba.name, "--rows", rows, "--limit", "-5", *out)

@@ -277,6 +277,9 @@ def _behaviours(options: argparse.Namespace, *, test: bool, most: int | None) ->
     from exegete.steering.behaviour_files import Behaviour, behaviours, load_behaviour, load_rows
 
     if options.data is not None:
+        files = {"--rows": options.rows, "--test": options.test if test else None}
+        if also := [flag for flag, file in files.items() if file is not None]:
+            raise InputError(f"--data brings rows and questions; leave out {' and '.join(also)}, or --data")
         names = tuple(dict.fromkeys(options.behaviours or behaviours(options.data)))
         if most is not None and len(names) != most:
             raise InputError(f"one vector is of one behaviour; name it with --behaviours: {', '.join(names)}")
