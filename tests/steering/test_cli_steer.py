@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from exegete.cli import steer as command
+from exegete.cli import steer_options
 from exegete.cli.options import Parser
 from exegete.errors import ExegeteError
 from exegete.steering import (
@@ -36,7 +37,7 @@ def steer(*arguments: Any) -> int:
     common = Parser(add_help=False)
     common.add_argument("-q", "--quiet", action="count", default=0)
     parser = Parser(prog="exegete")
-    command.add_parsers(parser.add_subparsers(parser_class=Parser), [common])
+    steer_options.add_parsers(parser.add_subparsers(parser_class=Parser), [common])
     options = parser.parse_args(["steer", *map(str, arguments)])
     assert options.command == "steer"
     return command.run(options)

@@ -132,11 +132,11 @@ def run(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def _explained(vector: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    from exegete.cli import steer
+    from exegete.cli import steer, steer_options
     from exegete.cli.options import Parser
 
     parser = Parser(prog="exegete")
-    steer.add_parsers(parser.add_subparsers(parser_class=Parser))
+    steer_options.add_parsers(parser.add_subparsers(parser_class=Parser))
     assert steer.run(parser.parse_args(["steer", "explain", str(vector), str(folder), "-k", "3"])) == 0
     return capsys.readouterr().out
 

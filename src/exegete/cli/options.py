@@ -217,9 +217,9 @@ def build_parser() -> Parser:
     status.add_argument("run", type=Path, metavar="RUN", help="run folder")
     status.add_argument("--json", action="store_true", help="print JSON")
 
-    from exegete.cli import elk, lens_options, steer
+    from exegete.cli import elk, lens_options, steer_options
 
-    for second in (steer, lens_options, elk):
+    for second in (steer_options, lens_options, elk):
         second.add_parsers(commands, [common])
     return parser
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 
 from exegete.cli.output import say
 from exegete.cli.steer_options import MODES
-from exegete.cli.steer_options import add_parsers as add_parsers
 from exegete.errors import InputError
 
 if TYPE_CHECKING:

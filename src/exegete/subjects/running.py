@@ -17,7 +17,8 @@ import torch
 
 from exegete.errors import InputError
 from exegete.subjects.edits import Edit, Where, edited
-from exegete.subjects.memories import Memory, Parts, begin, called
+from exegete.subjects.memories import Memory, Parts, called
+from exegete.subjects.memories_families import begin
 from exegete.subjects.names import Point
 from exegete.subjects.recurrent_state import State, StateEdit
 from exegete.subjects.subject import Subject

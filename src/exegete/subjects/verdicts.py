@@ -18,7 +18,8 @@ import torch
 
 from exegete.errors import InputError
 from exegete.subjects.edits import paused
-from exegete.subjects.memories import Memory, begin, called
+from exegete.subjects.memories import Memory, called
+from exegete.subjects.memories_families import begin
 from exegete.subjects.readout import Readout, trial_tokens
 from exegete.subjects.subject import Subject
 
