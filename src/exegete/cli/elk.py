@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exegete.cli.options import add_model_options, loaded_subject, verbs_of
 from exegete.cli.output import say
 from exegete.errors import InputError, MismatchError
 
@@ -25,13 +26,7 @@ _SPLITS = ("train", "validation", "test")
 def add_parsers(sub: Any, parents: Sequence[argparse.ArgumentParser] = ()) -> None:
     """Add the command and its verbs to the command line's subparsers; ``parents`` hold options of every command."""
     text = "Elicit latent knowledge: quirky sets, quirky models, what they hold, and probes for what is true."
-    made = sub.add_parser("elk", help=text, description=text)
-    made.set_defaults(command="elk")
-    verbs = made.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True, parser_class=type(made))
-
-    def verb(name: str, text: str) -> Any:
-        return verbs.add_parser(name, help=text, description=text, parents=list(parents))
-
+    verb = verbs_of(sub, "elk", text, parents)
     _data_options(verb("data", "Make a quirky set: an arithmetic one, or one of files of the published layout."))
     _finetune_options(
         verb("finetune", "Train a model to be right as Alice and wrong as Bob; goes on where it stopped.")
@@ -98,7 +93,7 @@ def _finetune_options(parser: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default: 0)")
     _most_tokens(parser)
-    _subject_options(parser, dtype="float32")
+    add_model_options(parser, dtype="float32")
 
 
 def _extract_options(parser: Any) -> None:
@@ -118,7 +113,7 @@ def _extract_options(parser: Any) -> None:
     parser.add_argument("--test", type=int, default=1000, metavar="N", help="rows to test on (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which rows (default: 0)")
     _most_tokens(parser)
-    _subject_options(parser, dtype="auto")
+    add_model_options(parser, dtype="auto")
 
 
 def _probe_options(parser: Any) -> None:
@@ -154,7 +149,7 @@ def _probe_options(parser: Any) -> None:
         "--random", type=int, default=20, metavar="N", help="random directions to compare (default: 20)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default: 0)")
-    _subject_options(parser, dtype="auto")
+    add_model_options(parser, dtype="auto")
 
 
 def _most_tokens(parser: Any) -> None:
@@ -164,12 +159,6 @@ def _most_tokens(parser: Any) -> None:
         metavar="N",
         help="leave out rows of more tokens, answer and all (default: keep all, refuse what the model cannot read)",
     )
-
-
-def _subject_options(parser: Any, *, dtype: str) -> None:
-    parser.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda … (default: auto)")
-    parser.add_argument("--dtype", default=dtype, metavar="TEXT", help=f"of the model (default: {dtype})")
-    parser.add_argument("--remote-code", action="store_true", help="let the model run its own Python code")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -243,7 +232,7 @@ def _finetune(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     questions = load_questions(options.data)
-    subject = _subject(options, options.model)
+    subject = loaded_subject(options, options.model)
     if config.lora_rank:  # before all rows are encoded, which takes longer
         lora_targets(subject.model, config.lora_targets)
     found = finetune(
@@ -269,7 +258,7 @@ def _extract(options: argparse.Namespace) -> int:
     from exegete.subjects.sites import parse_sites
 
     questions = load_questions(options.data)
-    subject = _subject(options, options.model)
+    subject = loaded_subject(options, options.model)
     sites = parse_sites(options.sites, subject)
     key = {
         "subject": subject.hash,
@@ -398,7 +387,7 @@ def _planned(
         )
     if options.random < 0:
         raise InputError(f"--random is 0 or more, got {options.random}")
-    subject = _subject(options, options.model)
+    subject = loaded_subject(options, options.model)
     if subject.hash != fitted.subject:
         raise MismatchError(f"{options.model} is not the model that {options.extraction} was extracted from")
     sites = parse_sites(options.intervene, subject)
@@ -456,9 +445,3 @@ def _indices(places: list[int]) -> Any:
     import numpy as np
 
     return np.array(places, np.int64)
-
-
-def _subject(options: argparse.Namespace, model: str) -> Subject:
-    from exegete.subjects import load_subject
-
-    return load_subject(model, device=options.device, dtype=options.dtype, remote_code=options.remote_code)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exegete.cli.options import Parser, add_settings, integer
+from exegete.cli.options import Parser, add_settings, integer, verbs_of
 
 _SITES = "all, blocks, last, numbers and ranges: 3,5-8, or --sites=-1,3 with the embedding"
 _MODEL = {"collect.device", "collect.dtype", "collect.device_map", "collect.remote_code"}
@@ -16,14 +16,7 @@ _MODEL = {"collect.device", "collect.dtype", "collect.device_map", "collect.remo
 def add_parsers(sub: Any, parents: Sequence[argparse.ArgumentParser] = ()) -> None:
     """Add ``lens`` with its verbs to the command line's subparsers; ``parents`` hold options of every command."""
     text = "Read a model's predictions off its residual stream: logit, tuned and state-aware lenses."
-    lens = sub.add_parser("lens", help=text, description=text)
-    lens.set_defaults(command="lens")
-    verbs = lens.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True, parser_class=Parser)
-
-    def verb(name: str, about: str) -> Parser:
-        made: Parser = verbs.add_parser(name, help=about, description=about, parents=list(parents))
-        return made
-
+    verb = verbs_of(sub, "lens", text, parents)
     _train(verb("train", "Train a tuned lens on text; goes on where it was stopped."))
     _evaluate(verb("evaluate", "Measure lenses on text: cross-entropy, KL and entropy at every site."))
     _show(verb("show", "Show how the predictions of a prompt form: tokens across, sites upwards."))

@@ -8,14 +8,17 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NoReturn, final
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, final
 
 from exegete import config as settings
 from exegete.config import RunConfig
+
+if TYPE_CHECKING:
+    from exegete.subjects import Subject
 
 _FLAGS = {
     "latents.count": "latents",
@@ -222,6 +225,38 @@ def build_parser() -> Parser:
     for second in (steer_options, lens_options, elk):
         second.add_parsers(commands, [common])
     return parser
+
+
+def verbs_of(
+    commands: Any, name: str, text: str, parents: Sequence[argparse.ArgumentParser]
+) -> Callable[[str, str], Parser]:
+    """Add a command that has verbs; return what adds one: its name and what it does.
+
+    ``parents`` hold options of every command.
+    """
+    group = commands.add_parser(name, help=text, description=text)
+    group.set_defaults(command=name)
+    verbs = group.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True, parser_class=Parser)
+
+    def verb(name: str, about: str) -> Parser:
+        made: Parser = verbs.add_parser(name, help=about, description=about, parents=list(parents))
+        return made
+
+    return verb
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, dtype: str = "auto") -> None:
+    """Add how a model is loaded to a command that is about no run."""
+    parser.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda … (default: auto)")
+    parser.add_argument("--dtype", default=dtype, metavar="TEXT", help=f"of the model (default: {dtype})")
+    parser.add_argument("--remote-code", action="store_true", help="let the model run its own Python code")
+
+
+def loaded_subject(options: argparse.Namespace, model: str) -> Subject:
+    """Return a model loaded as ``add_model_options`` has it said."""
+    from exegete.subjects import load_subject
+
+    return load_subject(model, device=options.device, dtype=options.dtype, remote_code=options.remote_code)
 
 
 def add_settings(

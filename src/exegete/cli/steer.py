@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from exegete.cli.options import loaded_subject
 from exegete.cli.output import say
 from exegete.cli.steer_options import MODES
 from exegete.errors import InputError
@@ -85,10 +86,10 @@ def _vector(options: argparse.Namespace) -> int:
         raise InputError("name the MODEL to make the vector on")
     elif options.pairs is not None:
         pairs = load_pairs(options.pairs)[: options.limit]
-        vector = _of_pairs(_subject(options, options.model), pairs, options)
+        vector = _of_pairs(loaded_subject(options, options.model), pairs, options)
     else:
         (behaviour,) = _behaviours(options, test=False, most=1)
-        made = _of_rows(_subject(options, options.model), behaviour, options)
+        made = _of_rows(loaded_subject(options, options.model), behaviour, options)
         vector, letters = made.vector, made.letters
     save_vector(vector, options.out)
     say(_described(vector))
@@ -109,7 +110,7 @@ def _apply(options: argparse.Namespace) -> int:
     if not options.prompt and options.questions is None:
         raise InputError("give prompts with --prompt, or a file of open questions with --questions")
     asked = () if options.questions is None else load_questions(options.questions)
-    subject = _subject(options, options.model)
+    subject = loaded_subject(options, options.model)
     vector = _load(options.vector, subject, options)
     template = template_of(options.template)
     prompts = [*options.prompt, *(open_prompt(q, template, subject.tokenizer) for q in asked)]
@@ -155,7 +156,7 @@ def _sweep(options: argparse.Namespace) -> int:
     sets = _behaviours(options, test=True, most=None)
     if options.samples and not any(behaviour.open_ended for behaviour in sets):
         raise InputError("there are no open questions for --samples; they are in a folder of behaviours, --data FOLDER")
-    subject = _subject(options, options.model)
+    subject = loaded_subject(options, options.model)
     sites = None if options.sites is None else parse_sites(options.sites, subject)
     given = None if options.letter_vector is None else _letters(subject, options)
     found, vectors = None, []
@@ -229,7 +230,7 @@ def _convert(options: argparse.Namespace) -> int:
     elif endings == (".gguf", ".safetensors"):
         if options.model is None:
             raise InputError("a .gguf file does not say which model it is for; name it with --model")
-        vector = import_control_vector(options.source, _subject(options, options.model))
+        vector = import_control_vector(options.source, loaded_subject(options, options.model))
         vector = vector if options.sites is None else vector.only(sites=_numbers(options.sites))
         save_vector(vector, options.target)
     else:
@@ -237,12 +238,6 @@ def _convert(options: argparse.Namespace) -> int:
     say(_described(vector))
     say(f"vector: {options.target}")
     return 0
-
-
-def _subject(options: argparse.Namespace, model: str) -> Subject:
-    from exegete.subjects import load_subject
-
-    return load_subject(model, device=options.device, dtype=options.dtype, remote_code=options.remote_code)
 
 
 def _load(spec: str, subject: Subject, options: argparse.Namespace) -> SteeringVector:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from exegete.cli.options import Parser, integer
+from exegete.cli.options import Parser, add_model_options, integer, verbs_of
 
 MODES: Final[tuple[Literal["residual", "state", "both"], ...]] = ("residual", "state", "both")
 _METHODS = ("mean", "lda", "logistic", "pca-diff", "pca-center")
@@ -18,14 +18,7 @@ _POSITIONS = "onward, last, last:K, prompt, from:I, every:K, generated or all"
 def add_parsers(sub: Any, parents: Sequence[argparse.ArgumentParser] = ()) -> None:
     """Add ``steer`` with its verbs to the command line's subparsers; ``parents`` hold options of every command."""
     text = "Steer a model: make vectors, apply them, sweep over them with controls, and see what they are made of."
-    steer = sub.add_parser("steer", help=text, description=text)
-    steer.set_defaults(command="steer")
-    verbs = steer.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True, parser_class=Parser)
-
-    def verb(name: str, about: str) -> Parser:
-        made: Parser = verbs.add_parser(name, help=about, description=about, parents=list(parents))
-        return made
-
+    verb = verbs_of(sub, "steer", text, parents)
     _vector(verb("vector", "Make a steering vector and write it to a file."))
     _apply(verb("apply", "Continue prompts under a vector, at one or several multipliers."))
     _sweep(verb("sweep", "Measure p(match) over sites, multipliers and modes, with controls, into tables and figures."))
@@ -153,9 +146,7 @@ def _applying(parser: Parser) -> None:
 
 
 def _subject(parser: Parser, *, other: bool = True) -> None:
-    parser.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda … (default: auto)")
-    parser.add_argument("--dtype", default="auto", metavar="TEXT", help="of the model (default: auto)")
-    parser.add_argument("--remote-code", action="store_true", help="let the model run its own Python code")
+    add_model_options(parser)
     if other:
         _other_model(parser)
 

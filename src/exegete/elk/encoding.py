@@ -130,10 +130,10 @@ def require_room(subject: Subject, data: Encoded, *, answers: bool = False) -> N
 
     if not len(data):
         return
-    most = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    most = subject.context
     lengths = data.lengths[:, 0] + (data.lengths[:, 1] if answers else 0)
     long = int(np.argmax(lengths))
-    if isinstance(most, int) and lengths[long] > most:
+    if most is not None and lengths[long] > most:
         raise InputError(
             f"{subject.name} reads up to {most} tokens; {int((lengths > most).sum()):,} of {len(data):,} rows are "
             f"longer, row {data.facts.id[long]} has {lengths[long]}; leave them out: --most-tokens {most}"

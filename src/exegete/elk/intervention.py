@@ -12,8 +12,9 @@ from exegete.elk.encoding import Encoded
 from exegete.elk.extraction import answer_log_odds
 from exegete.elk.facts import Filter
 from exegete.elk.intervals import DRAWS, clustered_auroc, resampled_statistic
-from exegete.errors import InputError, MismatchError
+from exegete.errors import InputError
 from exegete.metrics import Interval
+from exegete.steering.operators import Steer
 from exegete.streams import stream
 from exegete.subjects.edits import Edit
 from exegete.subjects.names import Point
@@ -36,16 +37,12 @@ class Reflect(Edit):
         length = float(np.linalg.norm(unit))
         if not length > 0:
             raise InputError("a direction to reflect along has a length above 0")
-        self._unit = torch.from_numpy((unit / length).astype(np.float32))
-        self._centre = torch.from_numpy(np.asarray(centre, np.float32))
+        along, middle = (torch.from_numpy(np.asarray(part, np.float32)) for part in (unit / length, centre))
+        self._steer = Steer(target, "reflect", along, centre=middle)
 
     def change(self, y: torch.Tensor, x: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
         """Return what is added to ``y`` [n, d]. Raises MismatchError for a direction of another size."""
-        if y.shape[1:] != self._unit.shape:
-            raise MismatchError(f"the direction has {len(self._unit)} dimensions, {self.target[0]!r} has {y.shape[1]}")
-        unit = self._unit.to(y.device)
-        along = (y.float() - self._centre.to(y.device)) @ unit
-        return -2.0 * along[:, None] * unit
+        return self._steer.change(y, x, rows)
 
 
 @final

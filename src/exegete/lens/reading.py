@@ -85,8 +85,8 @@ def read_pieces(
 
 def require_room(subject: Subject, length: int) -> None:
     """Raise InputError for texts longer than the positions that a model says it has, where it says so."""
-    most = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(most, int) and length > most:
+    most = subject.context
+    if most is not None and length > most:
         raise InputError(f"{subject.name} reads up to {most} tokens at once, got {length}; give shorter texts or rows")
 
 

@@ -19,8 +19,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from exegete.llm.tokenised import draw_seed
-from exegete.subjects.fast_scan import fast_scan
-from exegete.subjects.step_limits import step_limits
+from exegete.subjects.memories import going_on
 from exegete.tokens import TokenTable
 from exegete.types import LLMReply, LLMRequest, TokenLogprob
 
@@ -146,7 +145,7 @@ class BatchedModel:
             mask[i, longest - len(prompt) :] = 1
         # A model that keeps its state in itself takes a single token for the next one of the text before.
         cached = longest > 1
-        with fast_scan(self._model), step_limits(self._model):
+        with going_on(self._model):
             self._model.generate(
                 ids.to(self._device),
                 generation_config=GenerationConfig(
@@ -178,7 +177,7 @@ class BatchedModel:
             ids = torch.zeros((len(part), max(len(a.ids) for a in part)), dtype=torch.long)
             for i, a in enumerate(part):
                 ids[i, : len(a.ids)] = torch.tensor(a.ids)
-            with fast_scan(self._model):
+            with going_on(self._model):
                 logits = self._model(input_ids=ids.to(self._device), use_cache=False).logits
             yield from (self._scored(a, logits[i, : len(a.ids) - 1]) for i, a in enumerate(part))
             start = stop

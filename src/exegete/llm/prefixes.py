@@ -16,9 +16,7 @@ from typing import Any, Literal, final
 
 import torch
 
-from exegete.subjects.fast_scan import fast_scan
-from exegete.subjects.memories import recurrent_states
-from exegete.subjects.step_limits import step_limits
+from exegete.subjects.memories import going_on
 
 Way = Literal["at once", "whole texts"]
 FIELDS = ("past_key_values", "cache_params", "state")
@@ -130,9 +128,8 @@ class Prefixes:
         trims = self._trims and kept < _TRIMMED * rows.shape[1]
         if trims:
             options["logits_to_keep"] = kept
-        # Stock layers of the Mamba kind begin at no state, and keep no limits in single steps.
-        states = [state for name in FIELDS for state in recurrent_states(options.get(name))]
-        with fast_scan(self._model, initial=states), step_limits(self._model):
+        held = next((options[name] for name in FIELDS if name in options), None)
+        with going_on(self._model, held):
             output = self._model(input_ids=rows.to(self._device), **options)
         logits: torch.Tensor = output.logits
         return (logits if trims else logits[:, first:]), output

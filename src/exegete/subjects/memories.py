@@ -11,7 +11,7 @@ import contextlib
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -58,15 +58,28 @@ class Memory(ABC):
         """
 
 
-def called(
-    model: Any, tokens: torch.Tensor, *, last: bool = False, initial: Sequence[torch.Tensor] = (), **options: Any
-) -> Mapping[str, Any]:
-    """Call a model on tokens with those of the options that it knows; its scans begin at the ``initial`` states."""
+def called(model: Any, tokens: torch.Tensor, *, last: bool = False, **options: Any) -> Mapping[str, Any]:
+    """Call a model on tokens with those of the options that it knows."""
+    with fast_scan(model):
+        return _called(model, tokens, last=last, **options)
+
+
+def _called(model: Any, tokens: torch.Tensor, *, last: bool, **options: Any) -> Mapping[str, Any]:
     known = inspect.signature(model.forward).parameters
     given = {**({"logits_to_keep": 1} if last else {}), **options}
-    with fast_scan(model, initial=initial):
-        output: Mapping[str, Any] = model(input_ids=tokens, **{n: v for n, v in given.items() if n in known})
+    output: Mapping[str, Any] = model(input_ids=tokens, **{n: v for n, v in given.items() if n in known})
     return output
+
+
+@contextlib.contextmanager
+def going_on(model: Any, cache: Any = None) -> Iterator[None]:
+    """Have calls go on from a cache as a whole pass does, within the block and this thread.
+
+    Stock layers of the Mamba kind begin their scans at no state, and keep no limits in single steps. The states of
+    ``cache`` serve the next call alone.
+    """
+    with fast_scan(model, initial=recurrent_states(cache)), step_limits(model):
+        yield
 
 
 def recurrent_states(cache: Any) -> list[torch.Tensor]:
@@ -107,9 +120,8 @@ class CacheMemory(Memory):
         if self._mended:
             options["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None] + self._length
         model = self._subject.model
-        initial = recurrent_states(self._cache) if self._mended else ()
-        with step_limits(model) if self._mended else contextlib.nullcontext():
-            output = called(model, tokens, last=last, initial=initial, use_cache=True, **options)
+        with going_on(model, self._cache) if self._mended else fast_scan(model):
+            output = _called(model, tokens, last=last, use_cache=True, **options)
         self._cache = output[self._name]
         self._length += tokens.shape[1]
         logits: torch.Tensor = output["logits"]
